@@ -1,0 +1,330 @@
+"""Decide from outcomes alone: is it right, which known mistake is it, and what fails first.
+
+The judge compares plain tensors and numbers. It never calls the candidate, and it never guesses: a
+mistake is named only when its own wrong implementation gives exactly the candidate's numbers on
+every probe, or when its sign is there.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dianlib.checks.running import Foreign, Outcome, Probe, run, run_all
+from dianlib.checks.task import Candidate, Fault, Task
+
+RELATIVE, ABSOLUTE = 1e-4, 1e-5
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a check found. ``diagnosis`` holds the ids of the recognised mistakes, () when there is none."""
+
+    task: str
+    score: float
+    points: float
+    max_points: int
+    diagnosis: tuple[str, ...]
+    message: str
+
+    @property
+    def passed(self) -> bool:
+        return self.score == 1.0
+
+
+# ----- comparing ---------------------------------------------------------------------------------------
+
+
+def _number(value: Any) -> float | None:
+    """Read a number or a tensor of one number as a float."""
+    if isinstance(value, Tensor) and value.dim() == 0:
+        return float(value)
+    return float(value) if isinstance(value, bool | int | float) else None
+
+
+def close(got: Any, wanted: Any) -> bool:
+    """Compare two leaves by value. Not-a-number equals not-a-number: a mistake may consist of it."""
+    if isinstance(got, Foreign) or isinstance(wanted, Foreign):
+        return bool(got == wanted)
+    a, b = _number(got), _number(wanted)
+    if a is not None and b is not None:
+        same_special = math.isnan(a) and math.isnan(b)
+        return same_special or math.isclose(a, b, rel_tol=RELATIVE, abs_tol=ABSOLUTE)
+    if not isinstance(got, Tensor) or not isinstance(wanted, Tensor) or got.shape != wanted.shape:
+        return False
+    return torch.allclose(got.double(), wanted.double(), rtol=RELATIVE, atol=ABSOLUTE, equal_nan=True)
+
+
+def same(got: Outcome, wanted: Outcome) -> bool:
+    """Tell whether two calls did the same, whatever it was: numbers, an exception, a cut graph."""
+    return (
+        got.error == wanted.error
+        and got.detached == wanted.detached
+        and got.changed == wanted.changed
+        and got.values.keys() == wanted.values.keys()
+        and all(close(got.values[name], wanted.values[name]) for name in wanted.values)
+    )
+
+
+def _kind_problem(name: str, got: Any, wanted: Any) -> str:
+    """Say what is wrong with the type, the shape or the dtype of a leaf, or "" when nothing is."""
+    if isinstance(got, Foreign):
+        return f"{name} is of type {got.type_name}; return {_kind(wanted)}."
+    if isinstance(wanted, Tensor) and wanted.dim() > 0:
+        if not isinstance(got, Tensor):
+            return f"{name} is of type {type(got).__name__}; return {_kind(wanted)}."
+        if got.shape != wanted.shape:
+            return f"{name} has shape {tuple(got.shape)}; it must have shape {tuple(wanted.shape)}."
+        if not wanted.is_floating_point() and got.dtype != wanted.dtype:
+            return f"{name} has dtype {got.dtype}; it must have {wanted.dtype}."
+        if wanted.is_floating_point() and not got.is_floating_point():
+            return f"{name} has dtype {got.dtype}; it must hold floating-point numbers."
+        return ""
+    if _number(got) is None:
+        shape = f" of shape {tuple(got.shape)}" if isinstance(got, Tensor) else ""
+        return f"{name} is of type {type(got).__name__}{shape}; return {_kind(wanted)}."
+    return ""
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}" if value.dim() else "a tensor with one number"
+    return {bool: "True or False", int: "a number", float: "a number"}.get(type(value), type(value).__name__)
+
+
+def problem(probe: Probe, got: Outcome, wanted: Outcome) -> str:
+    """Say the first thing that is wrong in an outcome, or "" when the outcome is right."""
+    if got.error == "NotImplementedError":
+        return "This is still the stub: write your code in place of `raise NotImplementedError`."
+    if got.error == "TimeLimit":
+        return "It did not finish in time. Look for a loop that never ends."
+    if got.error:
+        return f"It raised {got.error_text}"
+    for name, expected in wanted.values.items():
+        if name not in got.values:
+            return _missing(name, got)
+        kind = _kind_problem(name, got.values[name], expected)
+        if kind:
+            return kind
+    if got.detached and not wanted.detached:
+        return (
+            "No gradient reaches the input: the result was cut from autograd's graph "
+            "(by .detach(), .data, .item(), .numpy() or torch.tensor(...))."
+        )
+    for name, expected in wanted.values.items():
+        if not close(got.values[name], expected):
+            return _difference(name, got.values[name], expected, probe)
+    if got.changed:
+        return f"It changed its argument {got.changed[0]} in place; the caller still needs that tensor."
+    return ""
+
+
+def _missing(name: str, got: Outcome) -> str:
+    parts = got.values.get("result (number of parts)")
+    if name == "result":
+        return f"It returned a collection of {parts} parts; look at the statement for what to return."
+    found = got.values.get("result")
+    if name.startswith("result") and found is not None:
+        kind = found.type_name if isinstance(found, Foreign) else type(found).__name__
+        return f"It returned one {kind}; {name} is missing."
+    return f"{name} is missing."
+
+
+def _difference(name: str, got: Any, expected: Any, probe: Probe) -> str:
+    """Describe a wrong value by the first property that fails, without giving the right one away."""
+    if probe.verdict:
+        word = "rejects a right" if expected else "accepts a wrong"
+        return f"Your test {word} implementation."
+    a, b = _tensor(got), _tensor(expected)
+    if a.shape != b.shape:  # a number where another kind of number stands: compared above
+        return f"{name} is not right."
+    if not torch.isfinite(a).all() and torch.isfinite(b).all():
+        kind = "NaN (not a number)" if a.isnan().any() else "infinite"
+        return f"{name} holds a value that is {kind}."
+    ratio = _constant_ratio(a, b)
+    if ratio is not None:
+        return f"{name} is off by a constant factor: everything is {ratio} of what it should be."
+    if a.numel() > 1 and torch.allclose(
+        a.flatten().sort().values, b.flatten().sort().values, RELATIVE, ABSOLUTE
+    ):
+        return f"{name} has the right numbers in another order."
+    return f"{name} has wrong values."
+
+
+def _tensor(value: Any) -> Tensor:
+    return value.double() if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
+
+
+def _constant_ratio(got: Tensor, expected: Tensor) -> str | None:
+    """Find c with got = c * expected, when there are at least two numbers to tell by."""
+    significant = expected.abs() > 1e-3
+    if significant.sum() < 2 or not torch.isfinite(got).all() or not torch.isfinite(expected).all():
+        return None
+    ratios = got[significant] / expected[significant]
+    ratio = float(ratios.mean())
+    if abs(ratio) < 1e-6 or abs(ratio - 1) < 1e-3 or not torch.allclose(got, ratio * expected, 1e-3, 1e-5):
+        return None
+    return f"1/{1 / ratio:.4g}" if abs(ratio) < 1 else f"{ratio:.4g} times"
+
+
+# ----- naming --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The mistakes that explain a candidate: one, a pair that acts ``together``, or several rivals."""
+
+    faults: tuple[Fault, ...] = ()
+    together: bool = False
+
+
+class Bench:
+    """A task with the probes of one seed, and what its right and its wrong implementations do on them."""
+
+    def __init__(self, task: Task, seed: int) -> None:
+        self.task = task
+        self.probes = task.probes(torch.Generator().manual_seed(seed))
+        self.right = [run_all(answer, self.probes) for answer in (task.reference, *task.accepts)]
+        self._forms = [(fault, form) for fault in task.mistakes for form in task.forms(fault)]
+        self._pairs = task.pairs()
+        self._kept: dict[Candidate, list[Outcome]] = {}
+
+    def expected(self, outcomes: list[Outcome]) -> list[Outcome]:
+        """Choose, of all right answers, the one that the outcomes agree with most often."""
+
+        def agreement(right: list[Outcome]) -> int:
+            return sum(same(got, wanted) for got, wanted in zip(outcomes, right, strict=True))
+
+        return max(self.right, key=agreement)
+
+    def diagnose(self, outcomes: list[Outcome], wanted: list[Outcome]) -> Diagnosis:
+        """Name what explains the outcomes: one mistake, else a pair, else a sign, else nothing."""
+        single = [fault for fault, form in self._forms if self._explains(form, outcomes)]
+        if single:
+            return Diagnosis(tuple({fault.id: fault for fault in single}.values()))
+        for first, second, form in self._pairs:
+            if self._explains(form, outcomes):
+                return Diagnosis((first, second), together=True)
+        rows = list(zip([*self.probes, self.probes[0]], outcomes, wanted, strict=True))
+        signed = {f.id: f for f in self.task.mistakes if f.sign and any(f.sign(*row) for row in rows)}
+        return Diagnosis(tuple(signed.values()))
+
+    def _explains(self, form: Candidate, outcomes: list[Outcome]) -> bool:
+        """Tell whether a wrong implementation does the same on every probe; it runs only as far as needed."""
+        kept = self._kept.setdefault(form, [])
+        for number, (probe, got) in enumerate(zip([*self.probes, self.probes[0]], outcomes, strict=True)):
+            if number == len(kept):
+                kept.append(run(form, probe))
+            if not same(got, kept[number]):
+                return False
+        return True
+
+
+def judge(bench: Bench, outcomes: list[Outcome]) -> Report:
+    """Turn the outcomes of a candidate on the bench's probes, the repetition last, into a report."""
+    task, probes = bench.task, bench.probes
+    wanted = bench.expected(outcomes)
+    problems = [_problem(task, *row) for row in zip(probes, outcomes, wanted, strict=False)]
+    repeated = same(outcomes[-1], outcomes[0])
+    used = next((outcome.used[0] for outcome in outcomes if outcome.used), "")
+    passed = [probe.weight for probe, found in zip(probes, problems, strict=True) if not found]
+    core_failed = any(probe.core and found for probe, found in zip(probes, problems, strict=True))
+
+    diagnosis = Diagnosis()
+    if any(problems) or not repeated:
+        diagnosis = bench.diagnose(outcomes, wanted)
+        # What a learner got right beyond the core is worth its share; a wrong core is worth nothing.
+        score = 0.0 if core_failed else sum(passed) / sum(probe.weight for probe in probes)
+        message = _explain(bench, outcomes, problems, diagnosis, score)
+    elif used:
+        score = 0.0
+        message = (
+            f"{task.id}: no points yet. The numbers are right, but {used} does the work. "
+            "The point of this task is to write it yourself."
+        )
+    else:
+        score = 1.0
+        message = f"{task.id}: right, {task.points} of {task.points} points."
+    if not repeated:
+        score = min(score, 0.5)
+    ids = tuple(dict.fromkeys(fault.id for fault in diagnosis.faults))
+    return Report(task.id, score, round(task.points * score, 2), task.points, ids, message)
+
+
+def _problem(task: Task, probe: Probe, got: Outcome, wanted: Outcome) -> str:
+    """Say what is wrong on one probe; the task's own properties speak before the general sentence."""
+    general = problem(probe, got, wanted)
+    if not general or got.error:
+        return general
+    return next((found for look in task.properties if (found := look(probe, got, wanted))), general)
+
+
+# ----- what the learner reads ------------------------------------------------------------------------------
+
+
+def _explain(
+    bench: Bench, outcomes: list[Outcome], problems: list[str], diagnosis: Diagnosis, score: float
+) -> str:
+    task = bench.task
+    passed = sum(not found for found in problems)
+    lines = [
+        f"{task.id}: not right yet, {task.points * score:.3g} of {task.points} points "
+        f"({passed} of {len(problems)} probes passed)."
+    ]
+    first = next((index for index, found in enumerate(problems) if found), None)
+    if first is None:
+        lines.append("The same call gives another answer later: something is kept from an earlier call.")
+    else:
+        lines.append(f'Failed: "{bench.probes[first].name}". {problems[first]}')
+        lines += _example(bench.probes[first], outcomes[first])
+    if diagnosis.together:
+        lines.append("Two mistakes together give exactly these numbers:")
+    elif len(diagnosis.faults) > 1:
+        lines.append("Each of these mistakes fits; the probes cannot tell them apart:")
+    elif diagnosis.faults:
+        lines.append("This mistake is known:")
+    elif first is None or outcomes[first].error not in ("NotImplementedError", "TimeLimit"):
+        lines.append("Cause not recognised: no known mistake does exactly this.")
+        lines.append(f'For a question that may help, run hint("{task.id}").')
+    for fault in diagnosis.faults:
+        lines += [f"  [{fault.id}] {fault.does}", f"  What to do: {fault.todo}", f"  Reread: {where(fault)}"]
+    return "\n".join(lines)
+
+
+def where(fault: Fault) -> str:
+    """Name the paragraph to reread, with its address inside the book."""
+    slug, heading = fault.reread.split(": ", 1)
+    return f'"{heading}", book/{slug}.html#{anchor(heading)}'
+
+
+def anchor(heading: str) -> str:
+    """Return the id that the book gives to a heading: lower case, words joined by hyphens."""
+    return re.sub("[^a-z0-9]+", "-", heading.lower()).strip("-")
+
+
+def _example(probe: Probe, outcome: Outcome) -> list[str]:
+    """Show the input of a probe and what came back; a large tensor is named by its shape."""
+    lines = [f"    built with {', '.join(map(str, probe.build))}"] if probe.build is not None else []
+    lines += [f"    {name} = {_show(value)}" for name, value in probe.args.items() if _show(value)]
+    if not outcome.error and not probe.verdict:
+        results = {name: value for name, value in outcome.values.items() if name.startswith("result")}
+        parts = {name: value for name, value in results.items() if "number of parts" not in name}
+        lines += [
+            f"    your {name} = {_show(value)}" for name, value in list(parts.items())[:6] if _show(value)
+        ]
+    return lines
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, Tensor):
+        if value.numel() > 30:
+            return f"a tensor of shape {tuple(value.shape)}"
+        return str(
+            ((value.double() * 1e4).round() / 1e4).tolist() if value.is_floating_point() else value.tolist()
+        )
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return repr(value) if isinstance(value, bool | int | str) else ""

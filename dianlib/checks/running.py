@@ -1,0 +1,395 @@
+"""Run a candidate on a probe and write down what it did, as plain tensors and numbers.
+
+This is the half of a check that executes somebody else's code. It knows no reference, no mistake
+and no score, so that it can stand alone in a sandbox while the judge stays outside.
+"""
+
+import contextlib
+import contextvars
+import ctypes
+import io
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+# ----- what a probe may ask: plain data, from which the objects for the candidate are made ---------
+
+
+@dataclass(frozen=True)
+class Net:
+    """A network made of given layers: weights (n_out, n_in) and biases, ReLU and dropout between.
+
+    It is handed over in evaluation mode, or in training mode where ``training`` says so.
+    """
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+    dropout: float = 0.0
+    training: bool = False
+
+
+@dataclass(frozen=True)
+class Batches:
+    """A list of batches, each a tuple of tensors."""
+
+    batches: tuple[tuple[Tensor, ...], ...]
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """An SGD optimizer with momentum 0.9 over the parameters of the probe's Net."""
+
+    lr: float
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """torch's own mean cross-entropy, as a function of logits and targets."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Trainable tensors with given gradients (None: no gradient yet), handed over as a generator."""
+
+    values: tuple[Tensor, ...]
+    gradients: tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A function given as source text: ``name`` is the function to take from it."""
+
+    text: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One question to a candidate.
+
+    ``args`` are passed by position, in order. With ``build`` the candidate is a class: it is built
+    with these arguments, its parameters get the values of ``state`` by shape, and the module is
+    called with ``args``. ``gradients`` names the arguments whose gradients are taken ("parameters"
+    for all parameters of a module). ``calls`` repeats the call on the same objects. ``verdict``
+    marks a candidate that judges: it rejects by returning False or by raising. A failed ``core``
+    probe leaves no points for the others; ``weight`` is the probe's share of the points.
+    """
+
+    name: str
+    args: dict[str, Any]
+    build: tuple[Any, ...] | None = None
+    state: tuple[Tensor, ...] = ()
+    gradients: tuple[str, ...] = ()
+    calls: int = 1
+    verdict: bool = False
+    core: bool = False
+    weight: float = 1.0
+
+
+@dataclass
+class Outcome:
+    """What one call did. ``values`` maps a name such as "result" to a tensor, a number or a type name."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    error: str = ""  # the name of the exception's type, "" when none was raised
+    error_text: str = ""
+    changed: tuple[str, ...] = ()  # arguments that the call changed in place
+    detached: bool = False  # a gradient was wanted and the result has none
+    used: tuple[str, ...] = ()  # forbidden functions that were called
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """Stands for a returned object that is neither a tensor nor a number: only its type is kept."""
+
+    type_name: str
+
+
+class TimeLimit(BaseException):
+    """Raised inside a candidate that runs too long. No ``except Exception`` catches it."""
+
+
+# ----- objects from data, and data from objects -----------------------------------------------------
+
+
+def _make(spec: Any, made: dict[str, Any]) -> Any:
+    """Build the object that a candidate receives for one argument."""
+    match spec:
+        case Tensor():
+            return spec.clone()
+        case Net():
+            layers: list[nn.Module] = []
+            for index, (weight, bias) in enumerate(zip(spec.weights, spec.biases, strict=True)):
+                if index > 0:
+                    layers += [nn.ReLU(), nn.Dropout(spec.dropout)]
+                layer = nn.Linear(weight.shape[1], weight.shape[0])
+                with torch.no_grad():
+                    layer.weight.copy_(weight)
+                    layer.bias.copy_(bias)
+                layers.append(layer)
+            return nn.Sequential(*layers).train(spec.training)
+        case Batches():
+            return [tuple(tensor.clone() for tensor in batch) for batch in spec.batches]
+        case Momentum():
+            model = next(value for value in made.values() if isinstance(value, nn.Module))
+            return torch.optim.SGD(model.parameters(), lr=spec.lr, momentum=0.9)
+        case CrossEntropy():
+            return nn.functional.cross_entropy
+        case Parameters():
+            parameters = [nn.Parameter(value.clone()) for value in spec.values]
+            for parameter, gradient in zip(parameters, spec.gradients, strict=True):
+                parameter.grad = None if gradient is None else gradient.clone()
+            return parameters
+        case Source():
+            namespace: dict[str, Any] = {"torch": torch, "Tensor": Tensor}
+            exec(spec.text, namespace)
+            return namespace[spec.name]
+        case _:
+            return spec
+
+
+def _leaves(value: Any, name: str) -> dict[str, Any]:
+    """Flatten what a candidate returned into named tensors and numbers."""
+    match value:
+        case Tensor():
+            return {name: value.detach().as_subclass(Tensor).clone()}
+        case bool() | int() | float():
+            return {name: value}
+        case tuple() | list():
+            found = {f"{name} (number of parts)": len(value)}
+            for index, part in enumerate(value[:100]):
+                found |= _leaves(part, f"{name}[{index}]")
+            return found
+        case dict():
+            found = {f"{name} (number of parts)": len(value)}
+            for key, part in list(value.items())[:100]:
+                found |= _leaves(part, f"{name}[{key!r}]")
+            return found
+        case _ if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+            return {name: value.item()}
+        case _:
+            return {name: Foreign(type(value).__name__)}
+
+
+def _after(name: str, made: Any) -> dict[str, Any]:
+    """Write down the state in which a call left an object that it may change."""
+    if isinstance(made, nn.Module):
+        return {f"{name}.{key} afterwards": value.detach().clone() for key, value in made.named_parameters()}
+    if isinstance(made, list) and made and isinstance(made[0], nn.Parameter):
+        return {f"{name}[{index}] afterwards": value.detach().clone() for index, value in enumerate(made)}
+    return {}
+
+
+def _load_by_shape(module: nn.Module, state: tuple[Tensor, ...]) -> None:
+    """Give the module's parameters the wanted values: each tensor goes to the next parameter of its shape.
+
+    A matrix may also be stored transposed, for a layer that computes x @ W.
+    """
+    free = list(module.parameters())
+    for wanted in state:
+        for value in (wanted, wanted.T) if wanted.dim() == 2 else (wanted,):
+            target = next((parameter for parameter in free if parameter.shape == value.shape), None)
+            if target is not None:
+                with torch.no_grad():
+                    target.copy_(value)
+                free = [parameter for parameter in free if parameter is not target]
+                break
+
+
+def _cotangent(like: Tensor) -> Tensor:
+    """Fixed unequal weights for a weighted sum, so that no part of a gradient cancels."""
+    return torch.linspace(0.5, 1.5, like.numel(), dtype=like.dtype).reshape(like.shape)
+
+
+# ----- watching which functions are called ----------------------------------------------------------
+
+
+class _TorchWatch(TorchFunctionMode):
+    """Note every torch function of a forbidden name, whatever alias it is called by."""
+
+    def __init__(self, forbidden: frozenset[str]) -> None:
+        super().__init__()
+        self.forbidden = forbidden
+        self.used: list[str] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "").lstrip("_")
+        if name in self.forbidden and f"torch's {name}" not in self.used:
+            self.used.append(f"torch's {name}")
+        return func(*args, **(kwargs or {}))
+
+
+# Libraries whose functions are answers. A candidate may not call them where the point is to write them.
+_LIBRARIES = ("sklearn", "torchmetrics", "torcheval", "scipy", "statsmodels")
+_OWN_ALLOWED = ("dianlib.data", "dianlib.plotting", "dianlib.checks.running")
+
+
+@contextlib.contextmanager
+def _watch(forbidden: frozenset[str]) -> Iterator[list[str]]:
+    """Collect the forbidden functions that are called inside the block, in this thread."""
+    if not forbidden:
+        yield []
+        return
+    watch = _TorchWatch(forbidden)
+
+    def profile(frame: FrameType, event: str, _: Any) -> None:
+        if event != "call":
+            return
+        module = frame.f_globals.get("__name__", "")
+        library = module.partition(".")[0]
+        own = library == "dianlib" and not module.startswith(_OWN_ALLOWED)
+        name = f"{module}.{frame.f_code.co_name}"
+        if (own or library in _LIBRARIES) and not any(used.startswith(module) for used in watch.used):
+            watch.used.append(name)
+
+    previous = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        with watch:
+            yield watch.used
+    finally:
+        sys.setprofile(previous)
+
+
+# ----- the run ---------------------------------------------------------------------------------------
+
+
+def run(candidate: Any, probe: Probe, forbidden: frozenset[str] = frozenset()) -> Outcome:
+    """Call a candidate once on one probe, in this thread, and return what it did. Never raises."""
+    outcome = Outcome()
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        try:
+            made: dict[str, Any] = {}
+            for name, spec in probe.args.items():
+                made[name] = _make(spec, made)
+            _call(candidate, probe, made, outcome, forbidden)
+        except TimeLimit:
+            outcome.error = "TimeLimit"
+        except (SystemExit, KeyboardInterrupt, Exception) as error:
+            outcome.error = type(error).__name__
+            outcome.error_text = _describe(error)
+    if probe.verdict:
+        accepted = not outcome.error and outcome.values.get("result", True) not in (False, 0)
+        outcome = Outcome(values={"result": accepted}, error_text=outcome.error_text, used=outcome.used)
+    return outcome
+
+
+def _call(
+    candidate: Any, probe: Probe, made: dict[str, Any], outcome: Outcome, forbidden: frozenset[str]
+) -> None:
+    used: list[str] = []
+    try:
+        with _watch(forbidden) as used:
+            call = candidate if probe.build is None else candidate(*probe.build)
+        if probe.build is not None:
+            outcome.values["number of parameters"] = sum(p.numel() for p in call.parameters())
+            _load_by_shape(call, probe.state)
+        for name in probe.gradients:
+            if name != "parameters":
+                made[name].requires_grad_(True)
+        before = {name: value.detach().clone() for name, value in made.items() if isinstance(value, Tensor)}
+        for number in range(probe.calls):
+            # model.parameters() is a generator in real life, so it is one here.
+            objects = [
+                iter(value) if isinstance(probe.args[name], Parameters) else value
+                for name, value in made.items()
+            ]
+            with _watch(forbidden) as used_now:
+                result = call(*objects)
+            used += used_now
+            outcome.values |= _leaves(result, "result" if number == 0 else f"result of call {number + 1}")
+    finally:
+        outcome.used = tuple(dict.fromkeys(used))
+    outcome.changed = tuple(
+        name for name, value in before.items() if not torch.equal(value, made[name].detach())
+    )
+    for name, value in made.items():
+        outcome.values |= _after(name, value)
+    if probe.gradients:
+        _differentiate(call, result, probe, made, outcome)
+
+
+def _differentiate(call: Any, result: Any, probe: Probe, made: dict[str, Any], outcome: Outcome) -> None:
+    if not isinstance(result, Tensor) or not result.requires_grad:
+        outcome.detached = True
+        return
+    wanted: dict[str, Tensor] = {}
+    for name in probe.gradients:
+        if name == "parameters":
+            wanted |= {f"parameter {n}": p for n, p in enumerate(call.parameters())}
+        else:
+            wanted[name] = made[name]
+    total = (result * _cotangent(result)).sum()
+    gradients = torch.autograd.grad(total, list(wanted.values()), allow_unused=True)
+    for name, gradient in zip(wanted, gradients, strict=True):
+        if gradient is None:
+            outcome.detached = True
+        elif not name.startswith("parameter "):
+            outcome.values[f"gradient of {name}"] = gradient.detach().clone()
+
+
+def _describe(error: BaseException) -> str:
+    """Say what was raised and on which line of the candidate's own code."""
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    # The deepest line that is not inside an installed package is the one the learner can change.
+    lines = [f for f in own if "site-packages" not in f.filename] or own
+    if lines and lines[-1].line:
+        text += f'\n    in the line "{lines[-1].line.strip()}"'
+    return text
+
+
+def run_all(
+    candidate: Any, probes: list[Probe], forbidden: frozenset[str] = frozenset(), limit: float | None = None
+) -> list[Outcome]:
+    """Run a candidate on all probes in order, then on the first one again.
+
+    The outcome of the repetition stands last: a candidate that remembers its earlier calls gives
+    itself away. ``limit`` is the time in seconds for each probe; with a limit the candidate runs in a thread of
+    its own, so that an endless loop can be left behind. After two probes out of time the rest is not run.
+    """
+    outcomes: list[Outcome] = []
+    for probe in [*probes, probes[0]]:
+        if sum(outcome.error == "TimeLimit" for outcome in outcomes) >= 2:
+            outcomes.append(Outcome(error="TimeLimit"))
+        elif limit is None:
+            outcomes.append(run(candidate, probe, forbidden))
+        else:
+            outcomes.append(_run_within(limit, candidate, probe, forbidden))
+    return outcomes
+
+
+def _run_within(limit: float, candidate: Any, probe: Probe, forbidden: frozenset[str]) -> Outcome:
+    """Run in a thread and stop waiting after ``limit`` seconds; what it prints to stderr is dropped."""
+    found: list[Outcome] = []
+    context = contextvars.copy_context()
+    thread = threading.Thread(
+        target=lambda: found.append(context.run(run, candidate, probe, forbidden)), daemon=True
+    )
+    # nbgrader gives 0 points to a cell with any text on stderr, a warning included.
+    with contextlib.redirect_stderr(io.StringIO()):
+        thread.start()
+        thread.join(limit)
+        if thread.is_alive() and thread.ident is not None:
+            # Python raises this in the thread at its next bytecode; code that waits inside C stays behind.
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(thread.ident), ctypes.py_object(TimeLimit)
+            )
+            thread.join(0.5)
+            time.sleep(0)
+    finished_in_time = found and found[0].error != "TimeLimit"
+    return found[0] if finished_in_time else Outcome(error="TimeLimit")
