@@ -44,7 +44,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "This Python has no venv module: install it (on Debian and Ubuntu: apt install python3-venv)." >&2; exit 1; }
 	@echo "Preparing the environment in .venv. The first time takes some minutes."
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIN) --editable '.[book,grading,test]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PIN) --editable '.[book,grading,test]'
 	@echo "$(WANTED)" > $@
 
 # Warnings are errors. After a failed build Sphinx remembers the pages as read, and a second run would not
