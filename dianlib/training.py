@@ -40,17 +40,17 @@ def train_epoch(model: nn.Module, batches: Pairs, optimizer: Optimizer, loss_fn:
     losses are those met on the way, each before its step. The model is left in training mode.
     """
     model.train()
-    total_loss: float | Tensor = 0.0
-    n_samples = 0
+    losses, sizes = [], []
     for inputs, targets in batches:
         optimizer.zero_grad()
         loss = loss_fn(model(inputs), targets)
         loss.backward()
         optimizer.step()
-        # A tensor without its graph: .item() would make a graphics card wait at every step.
-        total_loss += loss.detach() * len(targets)
-        n_samples += len(targets)
-    return float(total_loss) / n_samples
+        # detach() keeps the number and drops the graph. Reading it here, with .item(), would make
+        # a graphics card wait at every step.
+        losses.append(loss.detach())
+        sizes.append(len(targets))
+    return sum(loss.item() * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)
 
 
 def mean_loss(model: nn.Module, batches: Pairs, loss_fn: Loss) -> float:
