@@ -33,11 +33,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CommandError as error:
         print(error, file=sys.stderr)
         return 2
-    except SystemExit as end:
-        if not isinstance(end.code, str):
-            raise  # argparse has said what it had to say
-        print(end.code, file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -65,7 +60,15 @@ def _parser() -> argparse.ArgumentParser:
 
     hint = command("hint", _hint, "Print a hint: 1 asks a question, 2 names a property, 3 gives pseudocode.")
     hint.add_argument("task", metavar="TASK", help="for example mlp.softmax")
-    hint.add_argument("step", type=int, nargs="?", default=1, metavar="STEP", help="1, 2 or 3 (default: 1)")
+    hint.add_argument(
+        "step",
+        type=int,
+        nargs="?",
+        default=1,
+        choices=(1, 2, 3),
+        metavar="STEP",
+        help="1, 2 or 3 (default: 1)",
+    )
 
     data = command("data", None, "Get the larger data sets.")
     actions = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -142,8 +145,10 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _hint(options: argparse.Namespace) -> int:
-    from dianlib.checks import hint
+    from dianlib.checks import hint, tasks
 
+    if options.task not in tasks():
+        raise CommandError(f"There is no task {options.task!r}: `dianlib status` lists them all.")
     hint(options.task, options.step)
     return 0
 

@@ -184,6 +184,8 @@ def checked(path: Path, timeout: int = 120) -> Score:
         for task in named:
             if task in known:
                 results[task] = TaskResult(task, 0.0, known[task].points, False, (), ran=False)
+            else:
+                problems.append(f"There is no task {task!r}.")
     return Score(tuple(results[task] for task in order if task in results), tuple(problems))
 
 
@@ -205,8 +207,6 @@ def _problem(cell: NotebookNode, reply: dict[str, Any], timeout: int) -> Iterato
     name = _cell_name(cell, "The")
     if reply["ename"] == "CellTimeout":
         yield f"{name} took longer than {timeout} seconds and was stopped."
-    elif reply["ename"] == "SystemExit":  # how a check refuses a task that does not exist
-        yield f"{name} ended with: {reply['evalue']}"
     else:
         yield f"{name} raised {reply['ename']}: {reply['evalue']}"
 
