@@ -30,6 +30,8 @@ c.ClearSolutions.text_stub = "Write your answer here."
 c.Execute.timeout = 120
 # A kernel that has nothing to save need not be asked to leave: this saves a second for each submission.
 c.Execute.shutdown_kernel = "immediate"
+# What students' code does is no part of the instructor's own IPython history.
+c.Execute.extra_arguments = ["--HistoryManager.hist_file=:memory:", "--IPKernelApp.log_level=ERROR"]
 
 # nbgrader starts `alembic`, and the kernel, by name. Called by its full path from outside the environment
 # it would not find them, and leave half a gradebook.

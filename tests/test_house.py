@@ -1,13 +1,18 @@
 """The rules of the repository that no other test would notice: layout, imports, versions, forbidden words."""
 
 import ast
+import csv
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import nbformat
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -177,12 +182,108 @@ def test_workflows_are_yaml(name: str) -> None:
     assert isinstance(yaml.safe_load((ROOT / name).read_text()), dict)
 
 
+# ----- make ----------------------------------------------------------------------------------------------
+
+
+def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["make", "--no-print-directory", "-f", str(ROOT / "Makefile"), *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A folder with what the Makefile's first rule reads."""
+    folder = tmp_path / "a clone"
+    folder.mkdir()
+    for name in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def program(path: Path, script: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_make_says_what_is_missing_in_one_sentence(clone: Path, tmp_path: Path) -> None:
+    old = program(tmp_path / "old", 'case "$1" in --version) echo Python 3.9.6;; *) exit 1;; esac')
+    bare = program(tmp_path / "bare", 'case "$2" in *venv*) exit 1;; esac')
+    for python, words in [("nopython", "no command 'nopython'"), (old, "3.9.6"), (bare, "no venv module")]:
+        done = make(clone, "lint", f"PYTHON={python}")
+        assert done.returncode != 0
+        sentence, end = done.stderr.splitlines()
+        assert words in sentence
+        assert end.startswith("make: ***")
+        assert done.stdout == ""
+
+
+def test_make_renews_the_environment_of_another_folder(clone: Path) -> None:
+    (clone / ".venv").mkdir()
+    (clone / ".venv" / ".installed").write_text("/somewhere/else --constraint constraints.txt\n")
+    make(clone, "lint", "PYTHON=nopython")
+    assert not (clone / ".venv").exists()
+
+
+def test_a_build_with_a_warning_fails_every_time(clone: Path) -> None:
+    """Sphinx reads a page once, and says nothing about it in the next run."""
+    (clone / "_config.yml").write_text("title: x\nonly_build_toc_files: true\n")
+    (clone / "_toc.yml").write_text("format: jb-book\nroot: index\n")
+    page = clone / "index.md"
+    page.write_text("# A page\n\n{ref}`nowhere`\n")
+    stamp = clone / "stamp"  # newer than what it depends on: this environment serves
+    stamp.write_text(f"{clone} --constraint constraints.txt\n")
+    html = ["html", f"BIN={Path(sys.executable).parent}", "STAMP=stamp"]
+    for _ in range(2):
+        done = make(clone, *html)
+        assert done.returncode != 0
+        assert "nowhere" in done.stdout + done.stderr
+    page.write_text("# A page\n")
+    assert make(clone, *html).returncode == 0
+    assert (clone / "_build" / "html" / "index.html").is_file()
+
+
+# ----- nbgrader ------------------------------------------------------------------------------------------
+
+
+def assignment_cell(source: str, grade_id: str, **marks: Any) -> nbformat.NotebookNode:
+    nature = {"grade": False, "locked": False, "solution": False, "task": False, "schema_version": 3}
+    return nbformat.v4.new_code_cell(source, metadata={"nbgrader": {**nature, "grade_id": grade_id, **marks}})
+
+
+def test_nbgrader_settings_keep_out_of_known_traps(tmp_path: Path) -> None:
+    """Called from outside the environment, and with a warning in a test cell, grading still works."""
+    answer = assignment_cell("### BEGIN SOLUTION\nanswer = 42\n### END SOLUTION", "answer", solution=True)
+    warned = "import warnings\nwarnings.warn('a word from a library')\nassert answer == 42\n2.0"
+    test = assignment_cell(warned, "test", grade=True, locked=True, points=3)
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = nbformat.v4.new_notebook(cells=[answer, test], metadata={"kernelspec": kernel})
+    for folder in ("solutions/x", "submitted/somebody/x"):
+        (tmp_path / folder).mkdir(parents=True)
+        nbformat.write(notebook, tmp_path / folder / "x.ipynb")
+    shutil.copy(ROOT / "nbgrader_config.py", tmp_path)
+
+    nbgrader = Path(sys.executable).parent / "nbgrader"
+    for command in ("generate_assignment x", "autograde x", "export"):
+        subprocess.run(
+            [nbgrader, *command.split()],
+            cwd=tmp_path,
+            env={**os.environ, "PATH": os.defpath},
+            capture_output=True,
+            check=True,
+        )
+    released = nbformat.read(tmp_path / "exercises" / "x" / "x.ipynb", as_version=4)
+    assert released.cells[0].source == "raise NotImplementedError"
+    with (tmp_path / "grades.csv").open() as table:
+        assert [(row["score"], row["max_score"]) for row in csv.DictReader(table)] == [("2.0", "3.0")]
+
+
 # ----- words ---------------------------------------------------------------------------------------------
 
 # Each pattern has one letter in brackets, so that this file does not hold what it forbids.
 FORBIDDEN = re.compile(
     r"\bTOD[O]\b|\bFIXM[E]\b"
-    r"|(?<![\w.])/wor[k]/|/roo[t]/|/hom[e]/\w+/"  # folders of one machine
+    r"|(?<![\w.])/wor[k]/|/roo[t]/"  # folders of one machine
     r"|pyp[i]\.org|pythonhoste[d]|npmj[s]\.|debia[n]\.org|conda\.anacond[a]|download\.pytorc[h]|index-ur[l]"
 )
 
