@@ -46,7 +46,8 @@ def add_description(
     tags = context.get("metatags", "")
     if 'name="description"' in tags:
         return
-    text = (describe(doctree) if doctree is not None else "") or f"A page of the book: {app.config.html_title}"
+    text = describe(doctree) if doctree is not None else ""
+    text = text or f"A page of the book: {app.config.html_title}"
     context["metatags"] = tags + f'<meta name="description" content="{html.escape(text)}" />\n'
 
 
@@ -58,7 +59,8 @@ class MarkChinese(SphinxPostTransform):
 
     def run(self, **kwargs: Any) -> None:
         for text in list(self.document.findall(nodes.Text)):
-            if not CHINESE.search(text) or isinstance(text.parent, (nodes.literal_block, nodes.raw, nodes.math)):
+            verbatim = isinstance(text.parent, (nodes.literal_block, nodes.raw, nodes.math))
+            if verbatim or not CHINESE.search(text):
                 continue
             # docutils writes class "language-xx" as the attribute lang="xx"
             pieces: list[nodes.Node] = []
@@ -74,7 +76,7 @@ class MarkChinese(SphinxPostTransform):
 
 
 def write_front_door(app: Sphinx, error: Exception | None) -> None:
-    """Write an ``index.html`` at the root of the site that leads to the first page, with a title and a language."""
+    """Write an ``index.html`` at the root of the site that leads to the first page."""
     if error is not None or app.builder.format != "html" or app.config.root_doc == "index":
         return
     title, language = html.escape(app.config.html_title), app.config.language
