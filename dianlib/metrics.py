@@ -80,9 +80,7 @@ def weighted_f1(confusion: Tensor) -> float:
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], n_classes: int
-) -> dict[str, float]:
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], n_classes: int) -> dict[str, float]:
     """Measure a model over a whole data set: accuracy and macro precision, recall and F1.
 
     ``batches`` yields pairs (inputs, targets (N,)); the model maps inputs to logits (N, C). The

@@ -65,7 +65,9 @@ class MLP(nn.Module):
     def __init__(self, sizes: Sequence[int]) -> None:
         super().__init__()
         if len(sizes) < 2:
-            raise ValueError(f"sizes needs an input and an output size, for example [784, 10], not {list(sizes)}.")
+            raise ValueError(
+                f"sizes needs an input and an output size, for example [784, 10], not {list(sizes)}."
+            )
         # A plain list would hide the layers from parameters(), and nothing would be trained.
         self.layers = nn.ModuleList(nn.Linear(n_in, n_out) for n_in, n_out in pairwise(sizes))
 
