@@ -65,8 +65,8 @@ def grade(task_id: str, candidate: Any, seed: int = 0) -> "Report":
             f"pass {wanted} itself, not a result of calling it."
         )
         return Report(task_id, 0.0, 0.0, task.points, (), message)
-    # The task's own reference is trusted; anybody else's call of it is a shortcut.
-    trusted = candidate is task.reference
+    # The task's own right answers are trusted; anybody else's call of them is a shortcut.
+    trusted = any(candidate is own for own in (task.reference, *task.accepts))
     outcomes = run_all(call, bench.probes, frozenset() if trusted else task.forbidden, task.limit)
     return judge(bench, outcomes)
 

@@ -124,9 +124,11 @@ def problem(probe: Probe, got: Outcome, wanted: Outcome) -> str:
 
 def _missing(name: str, got: Outcome) -> str:
     parts = got.values.get("result (number of parts)")
-    if name == "result":
+    if name == "result" and parts is not None:
         return f"It returned a collection of {parts} parts; look at the statement for what to return."
     found = got.values.get("result")
+    if name == "result" and parts is None:
+        return "It returned nothing. Is a return missing?"
     if name.startswith("result") and found is not None:
         kind = found.type_name if isinstance(found, Foreign) else type(found).__name__
         return f"It returned one {kind}; {name} is missing."
@@ -205,15 +207,22 @@ class Bench:
         single = [fault for fault, form in self._forms if self._explains(form, outcomes)]
         if single:
             return Diagnosis(tuple({fault.id: fault for fault in single}.values()))
-        for first, second, form in self._pairs:
-            if self._explains(form, outcomes):
-                return Diagnosis((first, second), together=True)
+        pairs = [{a.id: a, b.id: b} for a, b, form in self._pairs if self._explains(form, outcomes)]
+        if pairs:
+            # Where several pairs fit, only what they have in common is certain.
+            common = set.intersection(*(set(pair) for pair in pairs))
+            return Diagnosis(tuple(pairs[0][name] for name in pairs[0] if name in common), len(common) == 2)
         rows = list(zip([*self.probes, self.probes[0]], outcomes, wanted, strict=True))
         signed = {f.id: f for f in self.task.mistakes if f.sign and any(f.sign(*row) for row in rows)}
         return Diagnosis(tuple(signed.values()))
 
     def _explains(self, form: Candidate, outcomes: list[Outcome]) -> bool:
-        """Tell whether a wrong implementation does the same on every probe; it runs only as far as needed."""
+        """Tell whether a wrong implementation does the same on every probe; it runs only as far as needed.
+
+        Two calls that only raise are no evidence: there has to be a number somewhere.
+        """
+        if all(got.error for got in outcomes):
+            return False
         kept = self._kept.setdefault(form, [])
         for number, (probe, got) in enumerate(zip([*self.probes, self.probes[0]], outcomes, strict=True)):
             if number == len(kept):

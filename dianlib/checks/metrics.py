@@ -2,15 +2,14 @@
 
 import math
 from collections.abc import Iterable
-from inspect import getsource
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dianlib import metrics
-from dianlib.checks.running import Batches, Net, Outcome, Probe, Source
-from dianlib.checks.task import Fault, Task
+from dianlib.checks.running import Batches, Net, Outcome, Probe
+from dianlib.checks.task import Fault, Task, answer_probes, specimen_probes
 
 COUNT = "metrics: Count before you divide: the confusion matrix"
 ACCURACY = "metrics: Accuracy: one number, one division"
@@ -1104,15 +1103,7 @@ WRONG_SPECIMENS = (
 
 
 def _specimen_probes(generator: torch.Generator) -> list[Probe]:
-    def probe(function: Any, number: int, right: bool) -> Probe:
-        args = {"macro_f1": Source(getsource(function), function.__name__)}
-        name = f"{'a right' if right else 'a wrong'} implementation, number {number}"
-        # A test that rejects a right answer is worth nothing; each wrong answer that it catches is.
-        return Probe(name, args, verdict=True, core=right, weight=0.0 if right else 1.0)
-
-    right = [probe(function, number, True) for number, function in enumerate(RIGHT_SPECIMENS, 1)]
-    order = torch.randperm(len(WRONG_SPECIMENS), generator=generator).tolist()
-    return right + [probe(WRONG_SPECIMENS[i], number, False) for number, i in enumerate(order, 1)]
+    return specimen_probes("macro_f1", RIGHT_SPECIMENS, WRONG_SPECIMENS, generator)
 
 
 def _examine(macro_f1: Any) -> bool:
@@ -1191,13 +1182,6 @@ GRADE_THIS = Task(
 # ----- read a table -------------------------------------------------------------------------------------------------
 
 
-def _answer_probes(questions: dict[str, str]) -> Any:
-    def probes(generator: torch.Generator) -> list[Probe]:
-        return [Probe(question, {"question": key}) for key, question in questions.items()]
-
-    return probes
-
-
 # .982285 x 10,048 = 9,870 = F + 4 L with F right answers in the 156 full batches (at most 9,984) and L among
 # the last 16: the true accuracy (F + L) / 10,000 = (9,870 - 3 L) / 10,000 lies between L = 16 and L = 0.
 _TABLE = {"denominator": 10_048, "weight": 4, "lowest": 0.9822, "highest": 0.9870}
@@ -1207,7 +1191,7 @@ READ_A_TABLE = Task(
     signature="answers: a dictionary",
     points=2,
     reference=_TABLE.get,
-    probes=_answer_probes(
+    probes=answer_probes(
         {
             "denominator": "of which number are all six values whole multiples (divided by it)",
             "weight": "how many times an image of the last batch counts as much as another",

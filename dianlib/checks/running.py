@@ -53,8 +53,10 @@ class Momentum:
 
 
 @dataclass(frozen=True)
-class CrossEntropy:
-    """torch's own mean cross-entropy, as a function of logits and targets."""
+class Loss:
+    """A loss of torch.nn.functional by its name, for example "cross_entropy"."""
+
+    name: str
 
 
 @dataclass(frozen=True)
@@ -143,8 +145,8 @@ def _make(spec: Any, made: dict[str, Any]) -> Any:
         case Momentum():
             model = next(value for value in made.values() if isinstance(value, nn.Module))
             return torch.optim.SGD(model.parameters(), lr=spec.lr, momentum=0.9)
-        case CrossEntropy():
-            return nn.functional.cross_entropy
+        case Loss():
+            return getattr(nn.functional, spec.name)
         case Parameters():
             parameters = [nn.Parameter(value.clone()) for value in spec.values]
             for parameter, gradient in zip(parameters, spec.gradients, strict=True):
@@ -161,6 +163,8 @@ def _make(spec: Any, made: dict[str, Any]) -> Any:
 def _leaves(value: Any, name: str) -> dict[str, Any]:
     """Flatten what a candidate returned into named tensors and numbers."""
     match value:
+        case None:
+            return {}
         case Tensor():
             return {name: value.detach().as_subclass(Tensor).clone()}
         case bool() | int() | float():
@@ -222,12 +226,16 @@ class _TorchWatch(TorchFunctionMode):
         self.forbidden = forbidden
         self.used: list[str] = []
 
+    def note(self, name: str) -> None:
+        if name not in self.used:
+            self.used.append(name)
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = getattr(func, "__name__", "").lstrip("_")
-        if name in self.forbidden and f"torch's {name}" not in self.used:
-            self.used.append(f"torch's {name}")
+        if name in self.forbidden:
+            self.note(f"torch's {name}")
         return func(*args, **(kwargs or {}))
 
 
@@ -248,11 +256,12 @@ def _watch(forbidden: frozenset[str]) -> Iterator[list[str]]:
         if event != "call":
             return
         module = frame.f_globals.get("__name__", "")
-        library = module.partition(".")[0]
+        library, function = module.partition(".")[0], frame.f_code.co_name
         own = library == "dianlib" and not module.startswith(_OWN_ALLOWED)
-        name = f"{module}.{frame.f_code.co_name}"
-        if (own or library in _LIBRARIES) and not any(used.startswith(module) for used in watch.used):
-            watch.used.append(name)
+        if own or library in _LIBRARIES:
+            watch.note(f"{module}.{function}")
+        elif library == "torch" and function.lstrip("_") in forbidden:
+            watch.note(f"torch's {function}")
 
     previous = sys.getprofile()
     sys.setprofile(profile)
@@ -334,6 +343,8 @@ def _differentiate(call: Any, result: Any, probe: Probe, made: dict[str, Any], o
         else:
             wanted[name] = made[name]
     total = (result * _cotangent(result)).sum()
+    if not wanted:
+        return
     gradients = torch.autograd.grad(total, list(wanted.values()), allow_unused=True)
     for name, gradient in zip(wanted, gradients, strict=True):
         if gradient is None:

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from inspect import getsource
 from typing import Any
 
 import torch
 
-from dianlib.checks.running import Outcome, Probe
+from dianlib.checks.running import Outcome, Probe, Source
 
 Candidate = Callable[..., Any]
 
@@ -90,3 +91,31 @@ class Task:
                         if self.twin and not a.keys() & b.keys():
                             found.append((first, second, partial(self.twin, **a, **b)))
         return found
+
+
+def specimen_probes(
+    name: str, right: Sequence[Candidate], wrong: Sequence[Candidate], generator: torch.Generator
+) -> list[Probe]:
+    """Make the probes of a "grade this" task: implementations, as source text, for the learner's test to judge.
+
+    A test that rejects a right implementation is worth nothing; each wrong one that it catches counts.
+    """
+
+    def probe(function: Candidate, number: int, is_right: bool) -> Probe:
+        title = f"{'a right' if is_right else 'a wrong'} implementation, number {number}"
+        args = {name: Source(getsource(function), function.__name__)}
+        return Probe(title, args, verdict=True, core=is_right, weight=0.0 if is_right else 1.0)
+
+    order = torch.randperm(len(wrong), generator=generator).tolist()
+    return [probe(function, number, True) for number, function in enumerate(right, 1)] + [
+        probe(wrong[index], number, False) for number, index in enumerate(order, 1)
+    ]
+
+
+def answer_probes(questions: Mapping[str, str]) -> Callable[[torch.Generator], list[Probe]]:
+    """Make the probes of a task whose answer is a dictionary: one for each question, key -> description."""
+
+    def probes(generator: torch.Generator) -> list[Probe]:
+        return [Probe(text, {"question": key}) for key, text in questions.items()]
+
+    return probes
