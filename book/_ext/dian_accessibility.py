@@ -31,6 +31,11 @@ REPAIRS = (
         re.compile(r'(<div class="citation" id="[^"]*") role="doc-biblioentry"'),
         r'\1 role="listitem"',
     ),
+    Repair(
+        "The empty corner of a table names nothing: make it a cell in place of a heading.",
+        re.compile(r"<th( [^>]*)?>\s*(<p>\s*</p>)?\s*</th>"),
+        r"<td\1></td>",
+    ),
 )
 
 
