@@ -6,6 +6,7 @@ Exit codes: 0 all is well, 1 the answer is no (a check failed), 2 the command co
 """
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -204,7 +205,9 @@ def _serve(options: argparse.Namespace) -> int:
         print(
             f"The book is at http://127.0.0.1:{server.server_port}/ until you press Ctrl-C here.", flush=True
         )
-        server.serve_forever()
+        # Ctrl-C is how this command is meant to end.
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
     return 0
 
 

@@ -26,9 +26,10 @@ BINARY = {".png", ".ico", ".gz", ".woff2"}
 
 @cache
 def tracked() -> tuple[str, ...]:
-    """List the files that git knows, and those it would take with the next `git add`."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    """List the files that git keeps."""
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     return tuple(name for name in listed if (ROOT / name).is_file())
 
 
