@@ -8,16 +8,14 @@ Two folders matter. DIANLIB_DATA names a torchvision root; it is only read, unle
 asked to write there. Without it, and for unpacking, a cache folder of our own is used.
 """
 
+import contextlib
 import importlib.util
 import os
-import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -112,7 +110,7 @@ def mnist(validation: int = 5_000, seed: int = 0) -> ImageData:
     ``validation`` leaves nothing to train on. Source: LeCun, Bottou, Bengio and Haffner 1998,
     Proc. IEEE 86(11), 2278-2324.
     """
-    return _load("MNIST", "mnist", validation, seed)
+    return _load("mnist", validation, seed)
 
 
 def fashion_mnist(validation: int = 5_000, seed: int = 0) -> ImageData:
@@ -121,20 +119,19 @@ def fashion_mnist(validation: int = 5_000, seed: int = 0) -> ImageData:
     Arguments and errors are those of `mnist`. Source: Xiao, Rasul and Vollgraf 2017,
     arXiv:1708.07747.
     """
-    return _load("FashionMNIST", "fashion_mnist", validation, seed)
+    return _load("fashion_mnist", validation, seed)
 
 
-# How the two data sets are named here and what torchvision calls their class and folder.
+# The data sets that can be downloaded, and what torchvision calls their class and folder.
 DOWNLOADABLE = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
 
 
-def _load(torchvision_name: str, name: str, validation: int, seed: int) -> ImageData:
+def _load(name: str, validation: int, seed: int) -> ImageData:
     if not 0 <= validation < 60_000:
         raise ValueError(f"validation must leave some of the 60,000 training images, not take {validation}.")
-    dataset_class = getattr(_torchvision_datasets(), torchvision_name)
-    root = _unpacked_root(dataset_class, name)
+    root = torchvision_root(name)
+    dataset_class = _dataset_class(name)
     train, test = dataset_class(root, train=True), dataset_class(root, train=False)
-    classes = tuple("0123456789") if name == "mnist" else tuple(dataset_class.classes)
 
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     apart, kept = order[:validation].sort().values, order[validation:].sort().values
@@ -144,7 +141,8 @@ def _load(torchvision_name: str, name: str, validation: int, seed: int) -> Image
 
     return ImageData(
         name,
-        classes,
+        # torchvision's own names for the digits are "0 - zero" and so on.
+        tuple("0123456789") if name == "mnist" else tuple(dataset_class.classes),
         train_images=scaled(train.data[kept]),
         train_labels=train.targets[kept],
         validation_images=scaled(train.data[apart]),
@@ -171,104 +169,95 @@ def download(name: str) -> Path:
     What is already there is not fetched again. Raises ValueError for another name and DataError,
     in one sentence, when the network or the folder does not let us.
     """
-    if name not in DOWNLOADABLE:
-        raise ValueError(
-            f"there is no data set {name!r} to download; choose one of {', '.join(DOWNLOADABLE)}."
-        )
-    dataset_class = getattr(_torchvision_datasets(), DOWNLOADABLE[name])
-    folder = data_folder()
     try:
-        _unpacked_root(dataset_class, name)
+        torchvision_root(name)
     except DataError:
         try:
-            dataset_class(folder, download=True)
+            _dataset_class(name)(data_folder(), download=True)
         except (OSError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise DataError(f"{name} could not be downloaded into {folder}: {reason}") from None
-    return folder
+            # torchvision tells about each mirror in turn; the last line is the last cause.
+            cause = str(error).strip().splitlines()[-1]
+            raise DataError(
+                f"{name} could not be downloaded into {data_folder()} ({cause}); "
+                "try again with a network, or set DIANLIB_DATA to a folder that has it."
+            ) from None
+    return data_folder()
 
 
-def _unpacked_root(dataset_class: Any, name: str) -> Path:
-    """Return a torchvision root that holds the four unpacked files of a data set.
+def torchvision_root(name: str) -> Path:
+    """Return a folder in which torchvision finds "mnist" or "fashion_mnist", unpacked.
 
-    That is `data_folder` itself, or our cache when the folder has only the packed .gz files: the
-    folder may be read-only, and is never written to.
+    That is `data_folder`, or our cache where that folder has only the packed .gz files: it may be
+    read-only, and it is never written to here. Raises DataError when the data set is missing or
+    damaged, ValueError for another name.
     """
-    folder = data_folder()
-    packed = {folder / dataset_class.__name__ / "raw" / file: md5 for file, md5 in dataset_class.resources}
-    if all(path.with_suffix("").is_file() for path in packed):
-        return folder
-    if not all(path.is_file() for path in packed):
+    if name not in DOWNLOADABLE:
+        raise ValueError(f"there is no data set {name!r} to download; choose from {', '.join(DOWNLOADABLE)}.")
+    raw = Path(DOWNLOADABLE[name]) / "raw"
+    files = [file for file, _ in _dataset_class(name).resources]
+    if all((data_folder() / raw / file).with_suffix("").is_file() for file in files):
+        return data_folder()
+    if not all((data_folder() / raw / file).is_file() for file in files):
         raise DataError(
-            f"{name} is not in {folder}; run `dianlib data download`, "
+            f"{name} is not in {data_folder()}; run `dianlib data download`, "
             "or set DIANLIB_DATA to a folder that has it."
         )
     unpacked = cache_folder() / "unpacked"
-    if not (unpacked / dataset_class.__name__).is_dir():
-        _unpack(dataset_class, packed, unpacked)
+    if not (unpacked / raw).is_dir():
+        try:
+            _unpack(name, data_folder() / raw, unpacked / raw)
+        except OSError as error:
+            raise DataError(
+                f"{name} cannot be unpacked into {unpacked} ({error.strerror}); "
+                "set XDG_CACHE_HOME to a folder that you may write to."
+            ) from None
     return unpacked
 
 
-def _unpack(dataset_class: Any, packed: dict[Path, str], root: Path) -> None:
-    """Let torchvision unpack copies of the .gz files below ``root``, whole or not at all."""
-    from torchvision.datasets.utils import check_integrity
+def _unpack(name: str, source: Path, target: Path) -> None:
+    """Unpack the .gz files of ``source`` into the new folder ``target``: all of them or none."""
+    from torchvision.datasets.utils import check_integrity, extract_archive
 
-    for path, md5 in packed.items():
-        # Left to itself torchvision would fetch a damaged file again, without a word.
-        if not check_integrity(path, md5):
-            raise DataError(f"{path} is damaged; delete it and run `dianlib data download`.")
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        # Unpacked aside and moved in one step: another process never sees half a data set.
-        with tempfile.TemporaryDirectory(dir=root) as aside:
-            raw = Path(aside) / dataset_class.__name__ / "raw"
-            raw.mkdir(parents=True)
-            for path in packed:
-                shutil.copyfile(path, raw / path.name)
-            dataset_class(aside, download=True)
-            for path in packed:
-                (raw / path.name).unlink()
-            try:
-                raw.parent.rename(root / dataset_class.__name__)
-            except OSError:
-                if not (root / dataset_class.__name__).is_dir():  # else another process came first
-                    raise
-    except OSError as error:
-        raise DataError(
-            f"{root} cannot be written ({error.strerror}); set XDG_CACHE_HOME to a folder of yours."
-        ) from None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Unpacked aside and moved in one step, so that another process never sees half a data set.
+    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+        aside = Path(temporary) / "raw"
+        aside.mkdir()
+        for file, md5 in _dataset_class(name).resources:
+            if not check_integrity(source / file, md5):
+                raise DataError(f"{source / file} is damaged; run `dianlib data download` to fetch it again.")
+            extract_archive(str(source / file), str(aside))
+        try:
+            aside.rename(target)
+        except OSError:
+            if not target.is_dir():  # otherwise another process was first, with the same files
+                raise
 
 
-def _torchvision_datasets() -> ModuleType:
+def _dataset_class(name: str) -> Any:
     prepare_torchvision()
-    import torchvision.datasets
+    from torchvision import datasets
 
-    datasets: ModuleType = torchvision.datasets
-    return datasets
+    return getattr(datasets, DOWNLOADABLE[name])
 
 
 @cache
-def prepare_torchvision() -> Any:
+def prepare_torchvision() -> torch.library.Library | None:
     """Make ``import torchvision`` work beside a torch that its compiled part was not built for.
 
     A torchvision built for a graphics card cannot load its compiled part beside a CPU-only torch.
-    Its import then stops at "operator torchvision::nms does not exist", although the data sets and
-    transforms need no compiled operator. Two declarations, without any code behind them, let the
-    import pass. Where the compiled part loads, or torchvision is imported already, this does nothing.
+    Its import then stops at "operator torchvision::nms does not exist", although data sets and
+    transforms need no compiled operator. Two declarations, with no code behind them, let the import
+    pass. Where the compiled part loads, nothing is declared and None is returned.
     """
     package = importlib.util.find_spec("torchvision")
-    if "torchvision" in sys.modules or package is None or package.origin is None:
-        return None
-    for compiled in (
-        *Path(package.origin).parent.glob("_C*.so"),
-        *Path(package.origin).parent.glob("_C*.pyd"),
-    ):
-        try:
+    folders = package.submodule_search_locations if package else None
+    for compiled in (file for folder in folders or () for file in Path(folder).glob("_C*")):
+        with contextlib.suppress(OSError):
             torch.ops.load_library(compiled)
-            return None
-        except OSError:
-            pass
-    # The declarations live as long as this object, which the cache of this function keeps.
+    if hasattr(torch.ops.torchvision, "nms"):
+        return None
+    # The declarations last as long as this object; the cache of this function keeps it.
     operators = torch.library.Library("torchvision", "FRAGMENT")
     operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -78,7 +78,7 @@ def confusion_heat_map(ax: Axes, confusion: ArrayLike, classes: Sequence[str]) -
     """Draw a confusion matrix (C, C) of counts: rows are true classes, columns predicted ones.
 
     The number in a cell is its count; the colour is its share of the row, so that a rare class is
-    as visible as a frequent one. A class without samples stays white.
+    as visible as a frequent one. A class without samples stays white. Raises ValueError for another shape.
     """
     counts = np.asarray(confusion)
     _need_shape(counts, len(classes), len(classes))
@@ -127,13 +127,13 @@ def _draw_matrix(
     ax.grid(False)
     ax.set_yticks(range(len(rows)), rows)
     ax.set_xticks(range(len(columns)), columns)
-    if max(map(len, columns), default=0) > 3:
+    if len(columns) * max(map(len, columns), default=0) > 32:  # too many letters for one line
         ax.tick_params(axis="x", labelrotation=45)
         plt.setp(ax.get_xticklabels(), ha="right", rotation_mode="anchor")
     for row, line in enumerate(texts or []):
         for column, text in enumerate(line):
-            # Black on the pale half of the scale, white on the dark half.
-            colour = "white" if values[row, column] > 0.5 else "black"
+            # At 0.71 on this scale black and white read equally well. A zero count steps back.
+            colour = "white" if values[row, column] > 0.71 else "#666666" if text == "0" else "black"
             ax.text(column, row, text, ha="center", va="center", color=colour, fontsize="small")
 
 

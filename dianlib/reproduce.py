@@ -192,9 +192,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         reproduce_mlp(options.dataset, epochs=options.epochs, seeds=options.seeds, output=options.output)
     except (DataError, ValueError) as error:
-        print(f"dianlib reproduce: {error}", file=sys.stderr)
-        return 1
+        print(error, file=sys.stderr)
+        return 2
     except OSError as error:
-        print(f"dianlib reproduce: cannot write to {options.output}: {error.strerror}", file=sys.stderr)
-        return 1
+        print(f"the tables cannot be written to {options.output}: {error.strerror}.", file=sys.stderr)
+        return 2
     return 0
