@@ -52,6 +52,8 @@ def close(got: Any, wanted: Any) -> bool:
     a, b = _number(got), _number(wanted)
     if a is not None and b is not None:
         same_special = math.isnan(a) and math.isnan(b)
+        if isinstance(wanted, int):  # a count is right or wrong: 10,049 is not 10,048
+            return math.isclose(a, b, rel_tol=1e-9)
         return same_special or math.isclose(a, b, rel_tol=RELATIVE, abs_tol=ABSOLUTE)
     if not isinstance(got, Tensor) or not isinstance(wanted, Tensor) or got.shape != wanted.shape:
         return False

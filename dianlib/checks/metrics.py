@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dianlib import metrics
 from dianlib.checks.running import Batches, Net, Outcome, Probe
-from dianlib.checks.task import Fault, Task, answer_probes, specimen_probes
+from dianlib.checks.task import Fault, Task, answer_probes, specimen_probes, wrong_answer
 
 COUNT = "metrics: Count before you divide: the confusion matrix"
 ACCURACY = "metrics: Accuracy: one number, one division"
@@ -84,6 +84,31 @@ def _confusion_twin(
     return confusion / totals.clamp(min=1)
 
 
+def _confusion_by_loop(predictions: Tensor, targets: Tensor, n_classes: int) -> Tensor:
+    matrix = torch.zeros(n_classes, n_classes, dtype=torch.int64)
+    for prediction, target in zip(predictions.tolist(), targets.tolist(), strict=True):
+        matrix[target, prediction] += 1
+    return matrix
+
+
+def _confusion_by_lists(predictions: Tensor, targets: Tensor, n_classes: int) -> Tensor:
+    rows = [[0] * n_classes for _ in range(n_classes)]
+    for prediction, target in zip(predictions, targets, strict=True):
+        rows[int(target)][int(prediction)] += 1
+    return torch.tensor(rows)
+
+
+def _confusion_by_one_hot(predictions: Tensor, targets: Tensor, n_classes: int) -> Tensor:
+    one_hot = torch.eye(n_classes, dtype=torch.int64)
+    return one_hot[targets].T @ one_hot[predictions]
+
+
+def _confusion_by_comparison(predictions: Tensor, targets: Tensor, n_classes: int) -> Tensor:
+    classes = torch.arange(n_classes)
+    is_true, is_called = targets[:, None] == classes, predictions[:, None] == classes
+    return (is_true[:, :, None] & is_called[:, None, :]).sum(0)
+
+
 CONFUSION_MATRIX = Task(
     id="metrics.confusion_matrix",
     signature="confusion_matrix(predictions, targets, n_classes)",
@@ -92,6 +117,7 @@ CONFUSION_MATRIX = Task(
     probes=_label_probes,
     twin=_confusion_twin,
     forbidden=frozenset({"confusion_matrix"}),
+    variants=[_confusion_by_loop, _confusion_by_lists, _confusion_by_one_hot, _confusion_by_comparison],
     hints=(
         "Take the sample whose true class is 2 and whose prediction is 1. Which single entry of the matrix grows?",
         "Rows are true classes, columns are predicted ones. All entries add up to the number of samples, and row i adds "
@@ -182,6 +208,19 @@ def _accuracy_true_negatives_of_hits(confusion: Tensor) -> float:
     return float(n * hits / (n * hits + 2 * misses))
 
 
+def _accuracy_by_trace(confusion: Tensor) -> Tensor:
+    return confusion.trace() / confusion.sum()
+
+
+def _accuracy_by_loop(confusion: Tensor) -> float:
+    right = sum(confusion[c, c].item() for c in range(len(confusion)))
+    return float(right / sum(sum(row) for row in confusion.tolist()))
+
+
+def _accuracy_as_float64(confusion: Tensor) -> Tensor:
+    return confusion.double().diag().sum() / confusion.double().sum()
+
+
 ACCURACY_TASK = Task(
     id="metrics.accuracy",
     signature="accuracy(confusion)",
@@ -189,6 +228,7 @@ ACCURACY_TASK = Task(
     reference=metrics.accuracy,
     probes=_confusions,
     forbidden=frozenset({"accuracy"}),
+    variants=[_accuracy_by_trace, _accuracy_by_loop, _accuracy_as_float64],
     hints=(
         "Which entries of the matrix are right answers, and what do all entries add up to?",
         "Accuracy is one division: right answers by all answers. It is a whole number divided by N.",
@@ -297,6 +337,10 @@ def _rates_twin(
     return values * factor if average != "mean" else values.mean() * factor
 
 
+def _divided_by_zero(probe: Probe, got: Outcome, wanted: Outcome) -> bool:
+    return got.error == "ZeroDivisionError"
+
+
 def _zero_division(do: str) -> Fault:
     return Fault(
         "metrics-zero-division",
@@ -304,6 +348,7 @@ def _zero_division(do: str) -> Fault:
         do,
         NEVER,
         settings=[{"empty": "nan"}, {"empty": "raise"}],
+        sign=_divided_by_zero,
     )
 
 
@@ -379,6 +424,22 @@ def _with_measure(measure: str, *, also: dict[str, Any] | None = None) -> Any:
     return twin
 
 
+def _precision_by_loop(confusion: Tensor) -> Tensor:
+    values = []
+    for c in range(len(confusion)):
+        called = confusion[:, c].sum().item()
+        values.append(confusion[c, c].item() / called if called > 0 else 0.0)
+    return torch.tensor(values)
+
+
+def _precision_by_nan_to_num(confusion: Tensor) -> Tensor:
+    return torch.nan_to_num(confusion.diagonal() / confusion.sum(dim=0))
+
+
+def _precision_with_epsilon(confusion: Tensor) -> Tensor:
+    return confusion.diagonal() / (confusion.sum(dim=0) + 1e-12)
+
+
 PRECISION = Task(
     id="metrics.precision",
     signature="precision(confusion)",
@@ -388,6 +449,7 @@ PRECISION = Task(
     twin=_with_measure("precision"),
     forbidden=frozenset({"precision"}),
     properties=[_rate_property],
+    variants=[_precision_by_loop, _precision_by_nan_to_num, _precision_with_epsilon],
     hints=(
         "All samples that the model called class c stand in one line of the matrix. Is it a row or a column?",
         "Precision divides the diagonal by the column sums. A column that is all zeros gives 0, not NaN.",
@@ -415,6 +477,19 @@ PRECISION = Task(
     ],
 )
 
+
+def _recall_by_loop(confusion: Tensor) -> Tensor:
+    values = torch.zeros(len(confusion), dtype=torch.float64)
+    for c, row in enumerate(confusion):
+        if row.sum() > 0:
+            values[c] = row[c] / row.sum()
+    return values
+
+
+def _recall_by_clamp(confusion: Tensor) -> Tensor:
+    return confusion.diagonal() / confusion.sum(dim=1).clamp(min=1)
+
+
 RECALL = Task(
     id="metrics.recall",
     signature="recall(confusion)",
@@ -424,6 +499,7 @@ RECALL = Task(
     twin=_with_measure("recall"),
     forbidden=frozenset({"recall"}),
     properties=[_rate_property],
+    variants=[_recall_by_loop, _recall_by_clamp],
     hints=(
         "All samples that truly are class c stand in one line of the matrix. Is it a row or a column?",
         "Recall divides the diagonal by the row sums. A row that is all zeros gives 0, not NaN.",
@@ -451,6 +527,20 @@ RECALL = Task(
     ],
 )
 
+
+def _f1_from_precision_and_recall(confusion: Tensor) -> Tensor:
+    p = torch.nan_to_num(confusion.diagonal() / confusion.sum(dim=0))
+    r = torch.nan_to_num(confusion.diagonal() / confusion.sum(dim=1))
+    return torch.nan_to_num(2 * p * r / (p + r))
+
+
+def _f1_from_counts(confusion: Tensor) -> Tensor:
+    tp = confusion.diagonal()
+    fp, fn = confusion.sum(dim=0) - tp, confusion.sum(dim=1) - tp
+    below = 2 * tp + fp + fn
+    return torch.where(below == 0, torch.zeros(()), 2 * tp / below.clamp(min=1))
+
+
 F1 = Task(
     id="metrics.f1",
     signature="f1(confusion)",
@@ -460,6 +550,7 @@ F1 = Task(
     twin=_with_measure("f1"),
     forbidden=frozenset({"f1"}),
     properties=[_rate_property],
+    variants=[_f1_from_precision_and_recall, _f1_from_counts],
     hints=(
         "Write F1 with counts instead of precision and recall. What is left of 2PR / (P + R) when you put in TP, FP and FN?",
         "F1 = 2 TP / (2 TP + FP + FN). It lies between precision and recall of the same class, nearer to the smaller one.",
@@ -534,6 +625,19 @@ def _macro_twin(
     return float(result) * factor
 
 
+def _macro_f1_as_tensor(confusion: Tensor) -> Tensor:
+    below = (confusion.sum(dim=0) + confusion.sum(dim=1)).clamp(min=1)
+    return (2 * confusion.diagonal() / below).mean()
+
+
+def _macro_f1_by_loop(confusion: Tensor) -> float:
+    n_classes, total = len(confusion), 0.0
+    for c in range(n_classes):
+        below = confusion[c].sum().item() + confusion[:, c].sum().item()
+        total += 2 * confusion[c, c].item() / below if below else 0.0
+    return total / n_classes
+
+
 MACRO_F1 = Task(
     id="metrics.macro_f1",
     signature="macro_f1(confusion)",
@@ -542,6 +646,7 @@ MACRO_F1 = Task(
     probes=_confusions,
     twin=_macro_twin,
     forbidden=frozenset({"macro_f1"}),
+    variants=[_macro_f1_as_tensor, _macro_f1_by_loop],
     hints=(
         "You have C numbers, one F1 for each class. How should a class with 10 samples count beside one with 1,000?",
         "Macro means: one F1 for each of the C classes, then their plain mean. A class without any sample or prediction counts as 0.",
@@ -600,6 +705,7 @@ MACRO_F1 = Task(
             "Give such a class the F1 of 0 before you take the mean.",
             NEVER,
             settings=[{"empty": "nan"}, {"empty": "raise"}],
+            sign=_divided_by_zero,
         ),
         Fault(
             "metrics-percent",
@@ -682,7 +788,8 @@ def _evaluate_twin(
             nn.functional.cross_entropy(logits, targets).backward()
             with torch.no_grad():
                 for parameter in model.parameters():
-                    parameter -= 0.1 * parameter.grad
+                    if parameter.grad is not None:
+                        parameter.sub_(0.1 * parameter.grad)
     model.train(was_training)
     if used == "last":
         confusions = confusions[-1:]
@@ -700,7 +807,8 @@ def _evaluate_twin(
             return torch.full((3,), math.nan, dtype=torch.float64)
         values = torch.stack([metrics.precision(confusion), metrics.recall(confusion), metrics.f1(confusion)])
         if empty == "zero" and rates == "mean over batches of the classes in the batch":
-            values = values[:, (rows > 0) | (columns > 0)]
+            kept = (rows > 0) | (columns > 0)
+            values, rows = values[:, kept], rows[kept]
         if average == "weighted":
             return (values * rows / rows.sum()).sum(1)
         p, r, f = values.mean(1)
@@ -765,6 +873,43 @@ def _second_call_differs(probe: Probe, got: Outcome, wanted: Outcome) -> bool:
     )
 
 
+def _evaluate_by_collecting(model: Any, batches: Any, n_classes: int) -> dict[str, float]:
+    model.eval()
+    with torch.inference_mode():
+        predictions = torch.cat([model(x).argmax(1) for x, _ in batches])
+    targets = torch.cat([y for _, y in batches])
+    p, r, f = [], [], []
+    for c in range(n_classes):
+        tp = int(((predictions == c) & (targets == c)).sum())
+        called, there = int((predictions == c).sum()), int((targets == c).sum())
+        p.append(tp / called if called else 0.0)
+        r.append(tp / there if there else 0.0)
+        f.append(2 * tp / (called + there) if called + there else 0.0)
+    model.train()
+    return {
+        "accuracy": (predictions == targets).float().mean().item(),
+        "precision": sum(p) / n_classes,
+        "recall": sum(r) / n_classes,
+        "f1": sum(f) / n_classes,
+    }
+
+
+def _evaluate_by_running_counts(model: Any, batches: Any, n_classes: int) -> dict[str, Any]:
+    model.eval()
+    hits, called, there = (torch.zeros(n_classes) for _ in range(3))
+    for x, y in batches:
+        guess = model(x).detach().softmax(-1).argmax(-1)
+        hits += torch.bincount(y[guess == y], minlength=n_classes)
+        called += torch.bincount(guess, minlength=n_classes)
+        there += torch.bincount(y, minlength=n_classes)
+    return {
+        "f1": (2 * hits / (called + there).clamp(min=1)).mean(),
+        "recall": (hits / there.clamp(min=1)).mean(),
+        "precision": (hits / called.clamp(min=1)).mean(),
+        "accuracy": hits.sum() / there.sum(),
+    }
+
+
 EVALUATE = Task(
     id="metrics.evaluate",
     signature="evaluate(model, batches, n_classes)",
@@ -773,6 +918,7 @@ EVALUATE = Task(
     probes=_evaluate_probes,
     twin=_evaluate_twin,
     forbidden=frozenset({"evaluate"}),
+    variants=[_evaluate_by_collecting, _evaluate_by_running_counts],
     hints=(
         "If the same predictions came in batches of another size, should any of the four numbers change?",
         "Confusion matrices of batches add up. Everything is divided once, after the last batch. The model is in evaluation mode.",
@@ -855,6 +1001,7 @@ EVALUATE = Task(
             "Give such a class 0, then take the mean over all n_classes classes.",
             NEVER,
             settings=[{"empty": "nan"}, {"empty": "raise"}],
+            sign=_divided_by_zero,
         ),
         Fault(
             "metrics-percent",
@@ -943,6 +1090,21 @@ def _interval_twin(
     return (high, low) if ends == "high, low" else (low, high)
 
 
+def _wilson_by_quadratic_formula(n_correct: int, n_total: int, z: float = 1.96) -> tuple[float, float]:
+    # (p_hat - p)^2 = z^2 p (1 - p) / n is a p^2 + b p + c = 0
+    p_hat = n_correct / n_total
+    a, b, c = 1 + z**2 / n_total, -(2 * p_hat + z**2 / n_total), p_hat**2
+    root = max(0.0, b**2 - 4 * a * c) ** 0.5
+    return (-b - root) / (2 * a), (-b + root) / (2 * a)
+
+
+def _wilson_as_list_of_tensors(n_correct: int, n_total: int, z: float = 1.96) -> list[Tensor]:
+    k, n, s = torch.tensor(float(n_correct)).double(), n_total, z**2
+    centre = (k + s / 2) / (n + s)
+    half = z * (k * (n - k) / n + s / 4).sqrt() / (n + s)
+    return [centre - half, centre + half]
+
+
 WILSON = Task(
     id="metrics.wilson_interval",
     signature="wilson_interval(n_correct, n_total, z=1.96)",
@@ -951,6 +1113,7 @@ WILSON = Task(
     probes=_interval_probes,
     twin=_interval_twin,
     forbidden=frozenset({"wilson_interval"}),
+    variants=[_wilson_by_quadratic_formula, _wilson_as_list_of_tensors],
     hints=(
         "20 of 20 are right. Which true rates could still have given that? Is 1.0 the only one?",
         "Solve (p_hat - p)^2 = z^2 p (1 - p) / n for p. The two solutions are the ends; they stay inside 0 and 1.",
@@ -1122,16 +1285,25 @@ def _examine_full_matrix_only(macro_f1: Any) -> bool:
 
 
 def _examine_range_only(macro_f1: Any) -> bool:
-    return 0 <= macro_f1(torch.tensor([[4, 1, 0], [2, 3, 1], [0, 5, 9]])) <= 1
+    return bool(0 <= macro_f1(torch.tensor([[4, 1, 0], [2, 3, 1], [0, 5, 9]])) <= 1)
 
 
 def _examine_perfect_only(macro_f1: Any) -> bool:
-    return macro_f1(torch.diag(torch.tensor([3, 4, 5]))) == 1.0
+    return bool(macro_f1(torch.diag(torch.tensor([3, 4, 5]))) == 1.0)
 
 
 def _examine_too_strict(macro_f1: Any) -> bool:
     confusion = torch.tensor([[4, 1, 0], [2, 3, 1], [0, 5, 9]])
     return bool(macro_f1(confusion) == float(f"{metrics.macro_f1(confusion):.3f}"))
+
+
+def _examine_with_assert(macro_f1: Any) -> None:
+    full = torch.tensor([[2, 2], [0, 4]])  # F1 of 2/3 and 4/5
+    assert abs(float(macro_f1(full)) - (2 / 3 + 4 / 5) / 2) < 1e-4
+    never = torch.tensor([[1, 2, 0], [0, 2, 0], [0, 1, 0]])  # F1 of 1/2, 4/7 and 0
+    assert abs(float(macro_f1(never)) - (1 / 2 + 4 / 7) / 3) < 1e-4
+    nowhere = torch.tensor([[1, 1, 0], [0, 2, 0], [0, 0, 0]])  # F1 of 2/3, 4/5 and 0
+    assert abs(float(macro_f1(nowhere)) - (2 / 3 + 4 / 5) / 3) < 1e-4
 
 
 GRADE_THIS = Task(
@@ -1140,6 +1312,7 @@ GRADE_THIS = Task(
     points=3,
     reference=_examine,
     probes=_specimen_probes,
+    variants=[_examine_with_assert],
     hints=(
         "On which matrix do two of the three submissions give the same number, and on which do they differ?",
         "A test tells mistakes apart only on unequal classes, with a class that is never predicted and a class that is nowhere.",
@@ -1216,9 +1389,7 @@ READ_A_TABLE = Task(
                 {**_TABLE, "denominator": 10_000, "weight": 1}.get,
                 {**_TABLE, "denominator": 10_000}.get,
             ],
-            sign=lambda probe, got, wanted: (
-                probe.args["question"] == "denominator" and got.values.get("result") == 10_000
-            ),
+            sign=wrong_answer("denominator", 10_000),
         ),
         Fault(
             "metrics-drop-last-test",
@@ -1226,9 +1397,7 @@ READ_A_TABLE = Task(
             "Multiply each value by your divisor and look whether it is whole.",
             DIVIDE_LAST,
             implementations=[{**_TABLE, "denominator": 9_984}.get],
-            sign=lambda probe, got, wanted: (
-                probe.args["question"] == "denominator" and got.values.get("result") == 9_984
-            ),
+            sign=wrong_answer("denominator", 9_984),
         ),
         Fault(
             "table-weight-inverted",
@@ -1236,9 +1405,7 @@ READ_A_TABLE = Task(
             "Each batch has weight 1/157. It is shared by 64 images in a full batch and by 16 in the last one.",
             DIVIDE_LAST,
             implementations=[{**_TABLE, "weight": 0.25}.get],
-            sign=lambda probe, got, wanted: (
-                probe.args["question"] == "weight" and got.values.get("result") == 0.25
-            ),
+            sign=wrong_answer("weight", 0.25),
         ),
         Fault(
             "table-ends-swapped",

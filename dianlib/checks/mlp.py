@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dianlib import mlp, training
 from dianlib.checks.running import Batches, Loss, Momentum, Net, Outcome, Parameters, Probe
-from dianlib.checks.task import Fault, Task, answer_probes, specimen_probes
+from dianlib.checks.task import Fault, Task, answer_probes, specimen_probes, wrong_answer
 
 LAYER = "mlp: What does one layer compute?"
 BEND = "mlp: Why is a network without a bend one layer?"
@@ -74,6 +74,19 @@ def _linear_twin(
     return result.detach() if cut else result
 
 
+def _linear_by_einsum(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.einsum("bi,oi->bo", x, weight) + bias
+
+
+def _linear_by_loops(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    rows = [[(sample * row).sum() + b for row, b in zip(weight, bias, strict=True)] for sample in x]
+    return torch.stack([torch.stack(row) for row in rows])
+
+
+def _linear_by_addmm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.addmm(bias, x, weight.transpose(0, 1))
+
+
 LINEAR = Task(
     id="mlp.linear",
     signature="linear(x, weight, bias)",
@@ -82,6 +95,7 @@ LINEAR = Task(
     probes=_linear_probes,
     twin=_linear_twin,
     forbidden=frozenset({"linear", "bilinear"}),
+    variants=[_linear_by_einsum, _linear_by_loops, _linear_by_addmm],
     hints=(
         "x has shape (B, n_in) and weight has shape (n_out, n_in). Which of the two must be turned for a matrix product?",
         "Output j of a sample is the dot product of the sample with row j of the weight, plus bias j.",
@@ -157,6 +171,28 @@ def _relu_twin(x: Tensor, *, form: str = "relu", cut: bool = False) -> Tensor:
     return result.detach() if cut else result
 
 
+def _relu_by_clamp(x: Tensor) -> Tensor:
+    return x.clamp(min=0)
+
+
+def _relu_by_maximum(x: Tensor) -> Tensor:
+    return torch.maximum(x, torch.tensor(0.0))
+
+
+def _relu_by_where(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x, torch.zeros_like(x))
+
+
+def _relu_by_absolute_value(x: Tensor) -> Tensor:
+    return (x + x.abs()) / 2
+
+
+def _relu_on_a_copy(x: Tensor) -> Tensor:
+    result = x.clone()
+    result[result < 0] = 0
+    return result
+
+
 RELU = Task(
     id="mlp.relu",
     signature="relu(x)",
@@ -166,6 +202,7 @@ RELU = Task(
     twin=_relu_twin,
     accepts=[lambda x: x.clamp(min=0.0), lambda x: torch.maximum(x, torch.zeros_like(x))],
     forbidden=frozenset({"relu", "leaky_relu", "relu6", "hardtanh", "threshold", "prelu", "rrelu"}),
+    variants=[_relu_by_clamp, _relu_by_maximum, _relu_by_where, _relu_by_absolute_value, _relu_on_a_copy],
     hints=(
         "What should come out for -3, for 0 and for 3?",
         "Positive numbers stay as they are, all others become 0. The shape does not change and the gradient is 1 or 0.",
@@ -241,12 +278,12 @@ def _softmax_probes(generator: torch.Generator) -> list[Probe]:
             "six rows of five scores", _randn(generator, 6, 5) * 2 + torch.arange(6.0).unsqueeze(1), core=True
         ),
         probe("as many rows as columns", _randn(generator, 4, 4)),
-        probe("scores around 1,000", _randn(generator, 3, 4) + 1000),
+        probe("scores around 200", _randn(generator, 3, 4) + 200),
         probe(
-            "one row around 0 and one around 500", _randn(generator, 2, 4) + torch.tensor([[0.0], [500.0]])
+            "one row around 0 and one around 300", _randn(generator, 2, 4) + torch.tensor([[0.0], [300.0]])
         ),
         probe(
-            "one row around 0 and one around -500", _randn(generator, 2, 4) - torch.tensor([[0.0], [500.0]])
+            "one row around 0 and one around -300", _randn(generator, 2, 4) - torch.tensor([[0.0], [300.0]])
         ),
     ]
 
@@ -297,6 +334,28 @@ def _row_sums(probe: Probe, got: Outcome, wanted: Outcome) -> str:
     return ""
 
 
+def _softmax_by_log_sum_exp(logits: Tensor) -> Tensor:
+    return (logits - torch.logsumexp(logits, dim=-1, keepdim=True)).exp()
+
+
+def _softmax_by_rows(logits: Tensor) -> Tensor:
+    rows = []
+    for row in logits:
+        exponentials = torch.exp(row - torch.max(row))
+        rows.append(exponentials / torch.sum(exponentials))
+    return torch.stack(rows)
+
+
+def _softmax_with_detached_shift(logits: Tensor) -> Tensor:
+    exponentials = (logits - logits.detach().amax(1, keepdim=True)).exp()
+    return exponentials / exponentials.sum(1, keepdim=True)
+
+
+def _softmax_in_float64(logits: Tensor) -> Tensor:
+    e = (logits.double() - logits.double().max(dim=1)[0].reshape(-1, 1)).exp()
+    return e / e.sum(dim=1).reshape(-1, 1)
+
+
 SOFTMAX_TASK = Task(
     id="mlp.softmax",
     signature="softmax(logits)",
@@ -306,6 +365,7 @@ SOFTMAX_TASK = Task(
     twin=_softmax_twin,
     forbidden=frozenset({"softmax", "log_softmax", "softmin"}),
     properties=[_row_sums],
+    variants=[_softmax_by_log_sum_exp, _softmax_by_rows, _softmax_with_detached_shift, _softmax_in_float64],
     hints=(
         "Add 1,000 to all scores of a row. Should the probabilities change? What does exp(1000) give in float32?",
         "Each row sums to 1, and softmax(z) = softmax(z - max z) row by row.",
@@ -383,7 +443,7 @@ def _entropy_probes(generator: torch.Generator, gradients: bool = True) -> list[
         probe("as many samples as classes", _randn(generator, 4, 4) * 2, [1, 3, 0, 3]),
         # The surprise is about 200 here: softmax gives 0 in float32, and the log of 0 is minus infinity.
         probe("confident and wrong", far, [0, 0, 0], gradient=False),
-        probe("scores around 1,000", _randn(generator, 3, 4) + 1000, [3, 1, 1]),
+        probe("scores around 200", _randn(generator, 3, 4) + 200, [3, 1, 1]),
     ]
 
 
@@ -468,6 +528,31 @@ def _wrong_formula(does: str, todo: str, **forms: Any) -> Fault:
     return Fault("ce-wrong-formula", does, todo, ENTROPY, **forms)
 
 
+def _entropy_by_log_sum_exp(logits: Tensor, targets: Tensor) -> Tensor:
+    return (logits.logsumexp(-1) - logits[torch.arange(len(targets)), targets]).mean()
+
+
+def _entropy_by_loop(logits: Tensor, targets: Tensor) -> Tensor:
+    total = torch.zeros(())
+    for row, target in zip(logits, targets, strict=True):
+        shifted = row - row.max()
+        total = total - (shifted[target] - shifted.exp().sum().log())
+    return total / len(targets)
+
+
+def _entropy_by_one_hot(logits: Tensor, targets: Tensor) -> Tensor:
+    shifted = logits - logits.max(dim=1, keepdim=True)[0]
+    logarithms = shifted - torch.log(torch.exp(shifted).sum(1, keepdim=True))
+    return -(torch.eye(logits.shape[1])[targets] * logarithms).sum() / logits.shape[0]
+
+
+def _entropy_after_log_softmax(logits: Tensor, targets: Tensor) -> Tensor:
+    # log softmax of log softmax changes nothing
+    for _ in range(2):
+        logits = logits - torch.logsumexp(logits, -1, keepdim=True)
+    return -logits.gather(1, targets[:, None]).mean()
+
+
 CROSS_ENTROPY = Task(
     id="mlp.cross_entropy",
     signature="cross_entropy(logits, targets)",
@@ -478,6 +563,7 @@ CROSS_ENTROPY = Task(
     forbidden=frozenset(
         {"cross_entropy", "nll_loss", "log_softmax", "softmax", "cross_entropy_loss", "kl_div"}
     ),
+    variants=[_entropy_by_log_sum_exp, _entropy_by_loop, _entropy_by_one_hot, _entropy_after_log_softmax],
     hints=(
         "The network gives the true class probability 0.5. What is the loss of that sample? And with probability 1?",
         "The loss of a sample is -log of the probability of its true class. The result is the mean over the B samples, "
@@ -610,6 +696,20 @@ def _gradient_row_sums(probe: Probe, got: Outcome, wanted: Outcome) -> str:
     return ""
 
 
+def _gradient_by_one_hot(logits: Tensor, targets: Tensor) -> Tensor:
+    e = torch.exp(logits - logits.max(1, keepdim=True).values)
+    return (e / e.sum(1, keepdim=True) - torch.eye(logits.shape[1])[targets]) / logits.shape[0]
+
+
+def _gradient_by_loops(logits: Tensor, targets: Tensor) -> Tensor:
+    gradient = torch.empty_like(logits)
+    for i, row in enumerate(logits):
+        e = (row - row.max()).exp()
+        for c in range(len(row)):
+            gradient[i, c] = (e[c] / e.sum() - float(c == targets[i])) / len(logits)
+    return gradient
+
+
 GRADIENT_TASK = Task(
     id="mlp.cross_entropy_gradient",
     signature="cross_entropy_gradient(logits, targets)",
@@ -619,6 +719,7 @@ GRADIENT_TASK = Task(
     twin=_entropy_gradient_twin,
     forbidden=frozenset({"backward", "grad", "softmax", "log_softmax", "cross_entropy", "nll_loss"}),
     properties=[_gradient_row_sums],
+    variants=[_gradient_by_one_hot, _gradient_by_loops],
     hints=(
         "If the score of the true class grows a little, does the loss rise or fall? And for another class?",
         "For one sample the gradient is softmax(z) minus the one-hot target: each row sums to 0. The mean adds a factor 1 / B.",
@@ -753,6 +854,28 @@ def _step_in_graph(parameters: Iterable[Tensor], lr: float) -> None:
             parameter -= lr * parameter.grad
 
 
+def _step_by_data(parameters: Iterable[Tensor], lr: float) -> None:
+    for p in parameters:
+        if p.grad is None:
+            continue
+        p.data = p.data - lr * p.grad.data
+
+
+def _step_by_subtraction(parameters: Iterable[Tensor], lr: float) -> None:
+    with torch.no_grad():
+        for p in list(parameters):
+            if p.grad is not None:
+                p.sub_(p.grad, alpha=lr)
+
+
+def _step_that_also_zeroes(parameters: Iterable[Tensor], lr: float) -> None:
+    with torch.no_grad():
+        for p in parameters:
+            if p.grad is not None:
+                p.copy_(p - lr * p.grad)
+                p.grad.zero_()
+
+
 SGD_STEP = Task(
     id="mlp.sgd_step",
     signature="sgd_step(parameters, lr)",
@@ -761,6 +884,7 @@ SGD_STEP = Task(
     probes=_step_probes,
     twin=_step_twin,
     forbidden=frozenset({"step", "sgd"}),
+    variants=[_step_by_data, _step_by_subtraction, _step_that_also_zeroes],
     hints=(
         "The gradient points uphill. Which way do you go, and how far?",
         "Every parameter changes in place by -lr times its gradient. A parameter without a gradient stays. "
@@ -834,14 +958,14 @@ SGD_STEP = Task(
 
 def _network_probes(generator: torch.Generator) -> list[Probe]:
     def probe(name: str, sizes: list[int], n: int, core: bool = False) -> Probe:
-        state = tuple(
-            tensor
-            for n_in, n_out in pairwise(sizes)
-            for tensor in (_randn(generator, n_out, n_in), _randn(generator, n_out))
-        )
+        state: list[Tensor] = []
+        for n_in, n_out in pairwise(sizes):
+            weight = _randn(generator, n_out, n_in)
+            # A symmetric square matrix is the same for x @ W and x @ W.T, so that both ways of storing it are right.
+            state += [(weight + weight.T) / 2 if n_in == n_out else weight, _randn(generator, n_out)]
         x = (_randn(generator, n, sizes[0]) * 4).round() / 2
         return Probe(
-            name, {"x": x}, build=(sizes,), state=state, gradients=("parameters",), calls=2, core=core
+            name, {"x": x}, build=(sizes,), state=tuple(state), gradients=("parameters",), calls=2, core=core
         )
 
     return [
@@ -922,6 +1046,50 @@ def _superposition(probe: Probe, got: Outcome, wanted: Outcome) -> str:
     return ""
 
 
+class _SequentialNetwork(torch.nn.Module):
+    def __init__(self, sizes: Sequence[int]) -> None:
+        super().__init__()
+        layers: list[torch.nn.Module] = []
+        for i in range(len(sizes) - 1):
+            layers.append(torch.nn.Linear(sizes[i], sizes[i + 1]))
+            layers.append(torch.nn.ReLU())
+        self.net = torch.nn.Sequential(*layers[:-1])
+
+    def forward(self, x: Tensor) -> Any:
+        return self.net(x)
+
+
+class _NetworkOfParameters(torch.nn.Module):
+    # weights stored as (n_in, n_out), for x @ W
+    def __init__(self, sizes: Sequence[int]) -> None:
+        super().__init__()
+        pairs = [(sizes[i], sizes[i + 1]) for i in range(len(sizes) - 1)]
+        self.weights = torch.nn.ParameterList(torch.randn(a, b) / a**0.5 for a, b in pairs)
+        self.biases = torch.nn.ParameterList(torch.zeros(b) for _, b in pairs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = x @ weight + bias
+            if i < len(self.weights) - 1:
+                x = x.clamp(min=0)
+        return x
+
+
+class _NetworkWithLogSoftmax(torch.nn.Module):
+    # logarithms of probabilities are logits, too
+    def __init__(self, sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.names = [f"layer{i}" for i in range(len(sizes) - 1)]
+        for i, name in enumerate(self.names):
+            setattr(self, name, torch.nn.Linear(sizes[i], sizes[i + 1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in self.names[:-1]:
+            x = torch.nn.functional.relu(getattr(self, name)(x))
+        logits: Tensor = getattr(self, self.names[-1])(x)
+        return torch.log_softmax(logits, dim=-1)
+
+
 MLP_TASK = Task(
     id="mlp.MLP",
     signature="MLP(sizes)",
@@ -933,6 +1101,7 @@ MLP_TASK = Task(
     accepts=[lambda sizes: _FaultyMLP(sizes, output="log softmax")],
     forbidden=frozenset({"MLP"}),
     properties=[_superposition],
+    variants=[_SequentialNetwork, _NetworkOfParameters, _NetworkWithLogSoftmax],
     hints=(
         "How many layers has MLP([784, 128, 256, 10]), and after which of them comes a ReLU?",
         "One Linear for each neighbouring pair of sizes, ReLU between them, none after the last. parameters() finds all of them.",
@@ -1096,6 +1265,34 @@ def _epoch_twin(
     }[returned]
 
 
+def _epoch_zeroing_after_the_step(model: Any, batches: Any, optimizer: Any, loss_fn: Any) -> float:
+    model.train()
+    model.zero_grad()
+    total, count = 0.0, 0
+    for x, y in batches:
+        loss = loss_fn(model(x), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        total += loss.item() * x.size(0)
+        count += x.size(0)
+    return total / count
+
+
+def _epoch_returning_a_tensor(model: Any, batches: Any, optimizer: Any, loss_fn: Any) -> Tensor:
+    model.train(True)
+    losses = []
+    for x, y in batches:
+        outputs = model(x)
+        for parameter in model.parameters():
+            parameter.grad = None
+        loss = loss_fn(outputs, y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach().expand(len(y)))
+    return torch.cat(losses).mean()
+
+
 TRAIN_EPOCH = Task(
     id="mlp.train_epoch",
     signature="train_epoch(model, batches, optimizer, loss_fn)",
@@ -1104,6 +1301,7 @@ TRAIN_EPOCH = Task(
     probes=_epoch_probes,
     twin=_epoch_twin,
     forbidden=frozenset({"train_epoch", "fit"}),
+    variants=[_epoch_zeroing_after_the_step, _epoch_returning_a_tensor],
     hints=(
         "What does parameter.grad hold after two calls of backward() without anything between them?",
         "For each batch: old gradients away, forward, loss, backward, step. The result weights each batch's loss with its size. "
@@ -1308,12 +1506,20 @@ def _examine_exactly(softmax: Any) -> bool:
     return all(torch.equal(softmax(z), z.double().softmax(-1).float()) for z in [z])
 
 
+def _examine_with_assert(softmax: Any) -> None:
+    z = torch.tensor([[0.0, 0.0], [0.0, 1.0986123]])
+    wanted = torch.tensor([[0.5, 0.5], [0.25, 0.75]])
+    for shift in (0.0, 1000.0, torch.tensor([[0.0], [-600.0]])):
+        assert torch.allclose(softmax(z + shift), wanted, atol=1e-3)
+
+
 GRADE_THIS = Task(
     id="mlp.grade_this",
     signature="examine(softmax)",
     points=3,
     reference=_examine,
     probes=_specimen_probes,
+    variants=[_examine_with_assert],
     hints=(
         "Which inputs would show that the wrong axis is used, and which would show that exp overflows?",
         "Use at least two unequal rows, scores around 1,000, and two rows that lie far apart. Compare with numbers you know.",
@@ -1366,13 +1572,10 @@ _LOGS = {
 }
 
 
-def _known_answer(question: str, value: float, **texts: str) -> Fault:
-    def sign(probe: Probe, got: Outcome, wanted: Outcome) -> bool:
-        answer = got.values.get("result")
-        asked = probe.args["question"] == question
-        return asked and isinstance(answer, int | float) and math.isclose(answer, value, rel_tol=1e-4)
-
-    return Fault(implementations=[{**_LOGS, question: value}.get], sign=sign, **texts)
+def _known_answer(question: str, value: float, fault_id: str, does: str, todo: str, reread: str) -> Fault:
+    """Make the fault of a wrong answer to one question, whatever the other answers are."""
+    form = {**_LOGS, question: value}.get
+    return Fault(fault_id, does, todo, reread, implementations=[form], sign=wrong_answer(question, value))
 
 
 READ_LOGS = Task(
@@ -1402,7 +1605,7 @@ READ_LOGS = Task(
         _known_answer(
             "constant answer",
             0.1,
-            id="log-classes-believed-equal",
+            fault_id="log-classes-believed-equal",
             does="You took the ten digits to be equally frequent.",
             todo="Use the counts: 1,135 of the 10,000 test images are a 1.",
             reread=NUMBERS,
@@ -1410,7 +1613,7 @@ READ_LOGS = Task(
         _known_answer(
             "nan on mnist",
             0.1,
-            id="nan-argmax-class-0",
+            fault_id="nan-argmax-class-0",
             does="10.0 % is right for a balanced test set. MNIST is not balanced.",
             todo="argmax of NaN is class 0, and 980 of the 10,000 test images are a 0.",
             reread=NUMBERS,
@@ -1418,7 +1621,7 @@ READ_LOGS = Task(
         _known_answer(
             "floor for 100 classes",
             math.log(1 + 9 / math.e),
-            id="loss-double-softmax",
+            fault_id="loss-double-softmax",
             does="1.4612 is the floor for ten classes.",
             todo="Put C = 100 into -ln(e / (e + C - 1)).",
             reread=NUMBERS,
@@ -1426,7 +1629,7 @@ READ_LOGS = Task(
         _known_answer(
             "first loss",
             math.log2(10),
-            id="ce-log-base",
+            fault_id="ce-log-base",
             does="This is the logarithm to base 2.",
             todo="Cross-entropy uses the natural logarithm.",
             reread=ENTROPY,
@@ -1434,7 +1637,7 @@ READ_LOGS = Task(
         _known_answer(
             "steps",
             93_700,
-            id="log-last-batch-forgotten",
+            fault_id="log-last-batch-forgotten",
             does="You left out the last batch of 32 images in each epoch.",
             todo="Round 60,000 / 64 up: the short batch is a step, too.",
             reread=LOOP,
@@ -1442,7 +1645,7 @@ READ_LOGS = Task(
         _known_answer(
             "parameters",
             135_680,
-            id="log-biases-forgotten",
+            fault_id="log-biases-forgotten",
             does="You counted the weights and forgot the biases.",
             todo="Add n_out for each layer.",
             reread=LAYER,

@@ -8,14 +8,15 @@ import contextlib
 import contextvars
 import ctypes
 import io
+import math
 import sys
 import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import torch
@@ -124,7 +125,7 @@ class TimeLimit(BaseException):
 # ----- objects from data, and data from objects -----------------------------------------------------
 
 
-def _make(spec: Any, made: dict[str, Any]) -> Any:
+def make(spec: Any, made: Mapping[str, Any] = MappingProxyType({})) -> Any:
     """Build the object that a candidate receives for one argument."""
     match spec:
         case Tensor():
@@ -167,6 +168,8 @@ def _leaves(value: Any, name: str) -> dict[str, Any]:
             return {}
         case Tensor():
             return {name: value.detach().as_subclass(Tensor).clone()}
+        case int() if abs(value) > 2**63:  # longer than a float, or a line of a report, can hold
+            return {name: math.copysign(math.inf, value)}
         case bool() | int() | float():
             return {name: value}
         case tuple() | list():
@@ -284,7 +287,7 @@ def run(candidate: Any, probe: Probe, forbidden: frozenset[str] = frozenset()) -
         try:
             made: dict[str, Any] = {}
             for name, spec in probe.args.items():
-                made[name] = _make(spec, made)
+                made[name] = make(spec, made)
             _call(candidate, probe, made, outcome, forbidden)
         except TimeLimit:
             outcome.error = "TimeLimit"
@@ -292,9 +295,17 @@ def run(candidate: Any, probe: Probe, forbidden: frozenset[str] = frozenset()) -
             outcome.error = type(error).__name__
             outcome.error_text = _describe(error)
     if probe.verdict:
-        accepted = not outcome.error and outcome.values.get("result", True) not in (False, 0)
-        outcome = Outcome(values={"result": accepted}, error_text=outcome.error_text, used=outcome.used)
+        values = {"result": _accepts(outcome)}
+        return Outcome(values, error_text=outcome.error_text, used=outcome.used)
     return outcome
+
+
+def _accepts(outcome: Outcome) -> bool:
+    """Read a verdict: a candidate rejects by raising, or by returning False; returning nothing accepts."""
+    answer = outcome.values.get("result", True)
+    if isinstance(answer, Tensor):
+        return not outcome.error and bool(answer.bool().all())
+    return not outcome.error and answer is not False and answer != 0
 
 
 def _call(

@@ -1,5 +1,6 @@
 """What a task is: a reference, probes, and the mistakes that are known for it."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,8 +39,9 @@ class Task:
     """One gradable thing.
 
     ``probes`` makes the questions from a seeded generator, the smallest first. ``twin`` is the
-    reference with keyword settings, one for each independent way to go wrong. ``accepts`` are other
-    right answers. ``forbidden`` names the torch functions that are the answer; where it is not empty,
+    reference with keyword settings, one for each independent way to go wrong. ``accepts`` are right
+    answers with other numbers; ``variants`` are right answers written in another way, which must never be flagged
+    (self-contained: they are read as source text, like a learner's). ``forbidden`` names the torch functions that are the answer; where it is not empty,
     other libraries' functions and dianlib's own are refused as well. ``hints`` are a question, the
     property and the pseudocode. ``properties`` look at (probe, outcome, expected) and return a
     sentence about the first thing that is wrong, or "".
@@ -54,6 +56,7 @@ class Task:
     mistakes: Sequence[Fault] = ()
     twin: Candidate | None = None
     accepts: Sequence[Candidate] = ()
+    variants: Sequence[Candidate] = ()
     forbidden: frozenset[str] = frozenset()
     properties: Sequence[Callable[[Probe, Outcome, Outcome], str]] = ()
     is_value: bool = False
@@ -83,7 +86,7 @@ class Task:
 
     def pairs(self) -> list[tuple[Fault, Fault, Candidate]]:
         """All pairs of mistakes on different settings, with the twin that makes both."""
-        found = []
+        found: list[tuple[Fault, Fault, Candidate]] = []
         for number, first in enumerate(self.mistakes):
             for second in self.mistakes[number + 1 :]:
                 for a in first.settings:
@@ -106,10 +109,10 @@ def specimen_probes(
         args = {name: Source(getsource(function), function.__name__)}
         return Probe(title, args, verdict=True, core=is_right, weight=0.0 if is_right else 1.0)
 
-    order = torch.randperm(len(wrong), generator=generator).tolist()
-    return [probe(function, number, True) for number, function in enumerate(right, 1)] + [
-        probe(wrong[index], number, False) for number, index in enumerate(order, 1)
-    ]
+    probes = [probe(function, number, True) for number, function in enumerate(right, 1)]
+    probes += [probe(function, number, False) for number, function in enumerate(wrong, 1)]
+    # In another order for every seed: the answer cannot be given by counting the calls.
+    return [probes[index] for index in torch.randperm(len(probes), generator=generator).tolist()]
 
 
 def answer_probes(questions: Mapping[str, str]) -> Callable[[torch.Generator], list[Probe]]:
@@ -119,3 +122,14 @@ def answer_probes(questions: Mapping[str, str]) -> Callable[[torch.Generator], l
         return [Probe(text, {"question": key}) for key, text in questions.items()]
 
     return probes
+
+
+def wrong_answer(question: str, value: float) -> Callable[[Probe, Outcome, Outcome], bool]:
+    """Make the sign of one wrong value in a dictionary of answers, whatever the other answers are."""
+
+    def sign(probe: Probe, got: Outcome, wanted: Outcome) -> bool:
+        answer = got.values.get("result")
+        given = isinstance(answer, int | float) and math.isclose(answer, value, rel_tol=1e-4)
+        return given and probe.args["question"] == question
+
+    return sign

@@ -1,0 +1,409 @@
+"""What the checks promise: every wrong answer is rejected and named, no right one is, and nothing crashes."""
+
+import io
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+import torch
+from sklearn.metrics import f1_score
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dianlib import metrics, mlp, training
+from dianlib.checks import check, grade, hint, tasks
+from dianlib.checks.judging import Bench, anchor, judge
+from dianlib.checks.running import Probe, run_all
+from dianlib.checks.table import Trial, trials, write_rows
+
+ROOT = Path(__file__).parent.parent
+TASKS = tuple(tasks())
+FUNCTIONS = tuple(name for name, task in tasks().items() if not task.is_value)
+
+
+# ----- the table: mistakes, pairs, right answers, trivial answers ----------------------------------------
+
+
+@cache
+def measured(name: str) -> list[Trial]:
+    return list(trials(tasks()[name]))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_mistake_is_named_and_no_right_answer_is_flagged(name: str) -> None:
+    found = measured(name)
+    assert [f"{t.kind} {t.name}: {t.report.message}" for t in found if not t.ok] == []
+    assert {t.kind for t in found} >= {"mistake", "trivial answer"}
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("seed", [1, 2, 93])
+def test_other_probes_see_the_same(name: str, seed: int) -> None:
+    task = tasks()[name]
+    assert grade(name, task.reference, seed).passed
+    for fault in task.mistakes:
+        for form in task.forms(fault):
+            report = grade(name, form, seed)
+            assert report.diagnosis == (fault.id,), f"{fault.id}: {report.message}"
+            assert report.score < 1
+    for answer in task.accepts:
+        assert grade(name, answer, seed).passed
+
+
+def test_the_public_faults_are_wrong_implementations_by_id() -> None:
+    for name, task in tasks().items():
+        assert task.faults.keys() == {fault.id for fault in task.mistakes}
+        for fault_id, wrong in task.faults.items():
+            assert grade(name, wrong).diagnosis == (fault_id,)
+
+
+def test_two_independent_mistakes_are_both_named() -> None:
+    def evaluate(model: nn.Module, batches: Any, n_classes: int) -> dict[str, float]:
+        model.eval()
+        parts = [metrics.confusion_matrix(model(x).argmax(1), y, n_classes) for x, y in batches]
+        values = {
+            "accuracy": metrics.accuracy,
+            "precision": lambda c: float(metrics.precision(c).mean()),
+            "recall": lambda c: float(metrics.recall(c).mean()),
+            "f1": metrics.macro_f1,
+        }
+        return {key: sum(f(c) for c in parts) / len(parts) for key, f in values.items()}
+
+    report = grade("metrics.evaluate", evaluate)
+    assert set(report.diagnosis) == {"metrics-macro-over-minibatches", "metrics-len-loader-divisor"}
+    assert "Two mistakes together" in report.message
+
+
+# ----- shortcuts -----------------------------------------------------------------------------------------
+
+
+def gradient_by_autograd(logits: Tensor, targets: Tensor) -> Tensor:
+    logits = logits.clone().requires_grad_(True)
+    (
+        -logits.exp().div(logits.exp().sum(-1, keepdim=True)).log().gather(1, targets[:, None])
+    ).mean().backward()
+    assert logits.grad is not None
+    return logits.grad
+
+
+def macro_f1_by_scikit_learn(confusion: Tensor) -> float:
+    pairs = [(i, j) for i, row in enumerate(confusion.tolist()) for j, n in enumerate(row) for _ in range(n)]
+    truth, guess = zip(*pairs, strict=True)
+    return float(f1_score(truth, guess, labels=range(len(confusion)), average="macro", zero_division=0))
+
+
+SHORTCUTS: list[tuple[str, Any]] = [
+    ("metrics.confusion_matrix", metrics.confusion_matrix),
+    ("metrics.accuracy", metrics.accuracy),
+    ("metrics.precision", lambda c: metrics.precision(c)),
+    ("metrics.recall", metrics.recall),
+    ("metrics.f1", metrics.f1),
+    ("metrics.macro_f1", metrics.macro_f1),
+    ("metrics.macro_f1", macro_f1_by_scikit_learn),
+    ("metrics.evaluate", metrics.evaluate),
+    ("metrics.wilson_interval", metrics.wilson_interval),
+    ("mlp.linear", F.linear),
+    ("mlp.linear", mlp.linear),
+    ("mlp.relu", torch.relu),
+    ("mlp.relu", nn.ReLU()),
+    ("mlp.relu", lambda x: x.relu()),
+    ("mlp.relu", mlp.relu),
+    ("mlp.softmax", lambda z: torch.softmax(z, -1)),
+    ("mlp.softmax", lambda z: z.softmax(-1)),
+    ("mlp.softmax", nn.Softmax(dim=-1)),
+    ("mlp.softmax", lambda z: F.log_softmax(z, -1).exp()),
+    ("mlp.softmax", mlp.softmax),
+    ("mlp.cross_entropy", F.cross_entropy),
+    ("mlp.cross_entropy", nn.CrossEntropyLoss()),
+    ("mlp.cross_entropy", mlp.cross_entropy),
+    ("mlp.cross_entropy_gradient", mlp.cross_entropy_gradient),
+    ("mlp.sgd_step", mlp.sgd_step),
+    ("mlp.sgd_step", lambda parameters, lr: torch.optim.SGD(parameters, lr=lr).step()),
+    ("mlp.train_epoch", training.train_epoch),
+    ("mlp.MLP", mlp.MLP),
+]
+
+
+@pytest.mark.parametrize(("name", "answer"), SHORTCUTS)
+def test_a_shortcut_is_refused_in_words(name: str, answer: Any) -> None:
+    report = grade(name, answer)
+    assert report.score == 0
+    assert "does the work" in report.message
+
+
+def test_the_gradient_by_autograd_is_not_by_hand() -> None:
+    report = grade("mlp.cross_entropy_gradient", gradient_by_autograd)
+    assert report.score < 1
+
+
+# ----- a candidate may do anything -----------------------------------------------------------------------
+
+
+def raises(*args: Any) -> Any:
+    raise KeyError("weights")
+
+
+def exits(*args: Any) -> Any:
+    sys.exit(3)
+
+
+def recurses(*args: Any) -> Any:
+    return recurses(*args)
+
+
+def own_type(*args: Any) -> Any:
+    return object()
+
+
+def nan(*args: Any) -> Any:
+    return torch.tensor(float("nan"))
+
+
+def nested(*args: Any) -> Any:
+    deep: list[Any] = []
+    for _ in range(5000):
+        deep = [deep]
+    return deep
+
+
+def huge(*args: Any) -> Any:
+    return torch.zeros(1).expand(10**12)
+
+
+def wrong_number_of_arguments() -> Any:
+    return 0
+
+
+MISBEHAVIOURS = [
+    raises,
+    exits,
+    recurses,
+    own_type,
+    nan,
+    nested,
+    huge,
+    wrong_number_of_arguments,
+    lambda *args: "text",
+    lambda *args: torch.zeros(0),
+    lambda *args: torch.zeros(2, 3, dtype=torch.complex64),
+    lambda *args: torch.zeros(2, 2).to_sparse(),
+    lambda *args: {1: 2},
+    lambda *args: iter([1]),
+]
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("candidate", MISBEHAVIOURS)
+def test_misbehaviour_gets_a_report(name: str, candidate: Callable[..., Any]) -> None:
+    report = grade(name, candidate)
+    assert report.score < 1
+    assert report.message.startswith(name)
+    assert "dianlib/checks" not in report.message, report.message
+    assert "Traceback" not in report.message
+
+
+@pytest.mark.parametrize("value", [None, 5, "softmax", torch.zeros(3), [1, 2], {"a": 1}])
+def test_a_value_in_place_of_a_function_gets_a_sentence(value: Any) -> None:
+    report = grade("mlp.softmax", value)
+    assert report.score == 0
+    assert "pass the function or class softmax(logits) itself" in report.message
+
+
+def test_an_endless_loop_is_left_behind() -> None:
+    def forever(*args: Any) -> Any:
+        while True:
+            pass
+
+    start = time.monotonic()
+    report = grade("mlp.relu", forever)
+    assert report.score == 0
+    assert "did not finish in time" in report.message
+    assert time.monotonic() - start < 30
+
+
+def test_a_loop_in_one_corner_costs_that_corner_only() -> None:
+    def macro_f1(confusion: Tensor) -> float:
+        below = confusion.sum(0) + confusion.sum(1)
+        while bool((below == 0).any()):
+            pass
+        return float((2 * confusion.diagonal() / below).mean())
+
+    report = grade("metrics.macro_f1", macro_f1)
+    assert 0 < report.score < 1
+
+
+def test_what_a_candidate_writes_to_stderr_is_dropped(capfd: pytest.CaptureFixture[str]) -> None:
+    def relu(x: Tensor) -> Tensor:
+        import warnings
+
+        warnings.warn("careful", stacklevel=1)
+        print("debug", file=sys.stderr)
+        return x.clamp(min=0)
+
+    assert check("mlp.relu", relu) == tasks()["mlp.relu"].points
+    assert capfd.readouterr().err == ""
+
+
+def test_global_state_is_left_alone() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    grade("mlp.MLP", tasks()["mlp.MLP"].reference)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.is_grad_enabled()
+    assert sys.getprofile() is None
+
+
+def test_changing_the_argument_is_noticed() -> None:
+    def softmax(logits: Tensor) -> Tensor:
+        with torch.no_grad():
+            logits -= logits.max(-1, keepdim=True).values
+        return logits.exp() / logits.exp().sum(-1, keepdim=True)
+
+    report = grade("mlp.softmax", softmax)
+    assert report.score < 1
+    assert "changed its argument logits in place" in report.message
+
+
+def test_memory_of_earlier_calls_is_noticed() -> None:
+    seen: list[int] = []
+
+    def accuracy(confusion: Tensor) -> float:
+        seen.append(1)
+        return metrics_accuracy(confusion) + (0.25 if len(seen) > 5 else 0.0)
+
+    def metrics_accuracy(confusion: Tensor) -> float:
+        return float(confusion.trace() / confusion.sum())
+
+    report = grade("metrics.accuracy", accuracy)
+    assert report.score < 1
+    assert "kept from an earlier call" in report.message
+
+
+# ----- unknown causes: a property, never a guess ---------------------------------------------------------
+
+
+def test_an_unknown_cause_is_not_guessed() -> None:
+    report = grade("mlp.softmax", lambda z: (z / z.abs().sum()).sigmoid())
+    assert report.diagnosis == ()
+    assert "Row 0 of the result sums to" in report.message
+    assert "Cause not recognised" in report.message
+
+
+def test_a_constant_factor_is_seen() -> None:
+    report = grade("metrics.recall", lambda c: c.diagonal() / c.sum(1).clamp(min=1) / 7)
+    assert report.diagnosis == ()
+    assert "everything is 1/7 of what it should be" in report.message
+
+
+def test_another_order_is_seen() -> None:
+    report = grade("metrics.recall", lambda c: (c.diagonal() / c.sum(1).clamp(min=1)).flip(0))
+    assert report.diagnosis == ()
+    assert "the right numbers in another order" in report.message
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_report_does_not_give_the_answer_away(name: str) -> None:
+    task = tasks()[name]
+    bench = Bench(task, 0)
+    right = run_all(task.reference, bench.probes)
+    for fault in task.mistakes:
+        report = grade(name, task.forms(fault)[0])
+        got = run_all(task.forms(fault)[0], bench.probes)
+        shown = [str(v.tolist()) for v in right[0].values.values() if isinstance(v, Tensor) and v.numel() > 1]
+        own = [str(v.tolist()) for v in got[0].values.values() if isinstance(v, Tensor)]
+        assert not [text for text in shown if text in report.message and text not in own]
+
+
+# ----- the interface -------------------------------------------------------------------------------------
+
+
+def test_check_prints_the_report_and_returns_the_points(capsys: pytest.CaptureFixture[str]) -> None:
+    points = check("metrics.precision", lambda c: c.diagonal() / c.sum(0))
+    printed = capsys.readouterr().out
+    assert points == grade("metrics.precision", lambda c: c.diagonal() / c.sum(0)).points
+    assert 0 < points < tasks()["metrics.precision"].points
+    assert "[metrics-zero-division]" in printed
+    assert "What if a class is never predicted?" in printed
+
+
+def test_an_unknown_task_gets_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert check("mlp.sofmax", mlp.softmax) == 0
+    hint("mlp.sofmax")
+    assert capsys.readouterr().out.count("did you mean 'mlp.softmax'?") == 2
+    with pytest.raises(LookupError, match=r"did you mean 'mlp.softmax'\?"):
+        grade("mlp.sofmax", mlp.softmax)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_three_hints(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (1, 2, 3):
+        hint(name, step)
+        printed = capsys.readouterr().out
+        assert tasks()[name].hints[step - 1] in printed
+        assert (f'hint("{name}", {step + 1})' in printed) == (step < 3)
+    assert "?" in tasks()[name].hints[0]
+    hint(name, 4)
+    assert "three hints" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_what_to_reread_exists(name: str) -> None:
+    for fault in tasks()[name].mistakes:
+        slug, heading = fault.reread.split(": ", 1)
+        notebook = nbformat.read(ROOT / "book" / f"{slug}.ipynb", as_version=4)
+        text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+        assert f"\n## {heading}\n" in f"\n{text}\n", (
+            f"{fault.id}: no heading {heading!r} in book/{slug}.ipynb"
+        )
+
+
+def test_anchor() -> None:
+    assert anchor("A case: 93.9 % after a hundred epochs") == "a-case-93-9-after-a-hundred-epochs"
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_sentences_are_complete(name: str) -> None:
+    for fault in tasks()[name].mistakes:
+        for sentence in (fault.does, fault.todo):
+            named_code = "()" in sentence.split()[0] or sentence.split()[0] in ("argmax", "exp")
+            assert sentence[0].isupper() or sentence[0].isdigit() or named_code
+            assert sentence.endswith(".")
+            assert len(sentence.split()) <= 45
+
+
+def test_the_judge_needs_outcomes_only() -> None:
+    task = tasks()["mlp.softmax"]
+    bench = Bench(task, 7)
+    outcomes = run_all(task.reference, bench.probes)
+    assert judge(bench, outcomes).passed
+
+
+def test_running_knows_neither_references_nor_faults_nor_the_judge() -> None:
+    code = (
+        "import sys, dianlib.checks.running\n"
+        "print(sorted(name for name in sys.modules if name.startswith('dianlib')))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert loaded.strip() == "['dianlib', 'dianlib.checks', 'dianlib.checks.running']"
+
+
+def test_a_probe_is_plain_data() -> None:
+    for task in tasks().values():
+        for probe in task.probes(torch.Generator().manual_seed(0)):
+            assert isinstance(probe, Probe)
+            for value in probe.args.values():
+                plain = isinstance(value, Tensor | int | float | str)
+                assert plain or type(value).__module__ == "dianlib.checks.running"
+
+
+def test_the_table_in_the_book_is_the_measured_one() -> None:
+    stream = io.StringIO()
+    assert write_rows([measured(name) for name in TASKS], True, stream)
+    page = (ROOT / "book" / "checks-table.md").read_text()
+    assert stream.getvalue() in page
