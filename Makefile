@@ -50,7 +50,10 @@ $(STAMP): pyproject.toml constraints.txt
 # Warnings are errors. After a failed build Sphinx remembers the pages as read, and a second run would not
 # warn about them again; so its memory goes.
 html: $(STAMP)
-	@$(BIN)/jupyter-book build . -W -n --keep-going --quiet || { rm -rf _build/.doctrees; exit 1; }
+	@echo "Building the book."
+	@mkdir -p _build
+	@$(BIN)/jupyter-book build . -W -n --keep-going --quiet >_build/log 2>&1 || { cat _build/log >&2; rm -rf _build/.doctrees; exit 1; }
+	@echo "The book is built: _build/html/index.html"
 
 book: html
 	@$(BIN)/dianlib serve _build/html --port $(PORT)
@@ -64,7 +67,7 @@ test: lint
 	@$(BIN)/python -m pytest --numprocesses $(JOBS) --nbval tests book
 
 bench: $(STAMP)
-	@$(BIN)/python -m pytest --benchmark-only tests/benchmarks
+	@$(BIN)/python -m pytest --dist=no --benchmark-enable --override-ini python_files='bench_*.py' tests/benchmarks
 
 clean:
 	@rm -rf _build .benchmarks .mypy_cache .pytest_cache .ruff_cache
