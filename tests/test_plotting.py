@@ -49,11 +49,11 @@ def lab(light: Colour) -> Colour:
 
 
 # Machado, Oliveira and Fernandes 2009, full severity, for linear light.
-VISION = {
+VISION: dict[str, Colour] = {
     "full": np.eye(3),
-    "protan": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
-    "deutan": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
-    "tritan": [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]],
+    "protan": np.array([[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]]),
+    "deutan": np.array([[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]]),
+    "tritan": np.array([[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]]),
 }
 
 
@@ -88,8 +88,8 @@ def test_a_curve_is_the_mean_and_the_band_spans_all_seeds(ax: Axes) -> None:
     runs = np.array([[1.0, 2.0, 6.0], [3.0, 2.0, 0.0], [2.0, 5.0, 0.0]])
     plotting.curves(ax, [1, 2, 3], {"ours": runs, "theirs": runs + 1}, x_label="epoch", y_label="loss")
     assert [line.get_label() for line in ax.lines] == ["ours", "theirs"]
-    np.testing.assert_allclose(ax.lines[0].get_xydata(), [[1, 2], [2, 3], [3, 2]])
-    corners = ax.collections[0].get_paths()[0].vertices
+    np.testing.assert_allclose(np.asarray(ax.lines[0].get_xydata(), dtype=float), [[1, 2], [2, 3], [3, 2]])
+    corners = np.asarray(ax.collections[0].get_paths()[0].vertices)
     for x, low, high in zip([1, 2, 3], runs.min(axis=0), runs.max(axis=0), strict=True):
         at_x = corners[corners[:, 0] == x, 1]
         assert (at_x.min(), at_x.max()) == (low, high)
@@ -131,12 +131,13 @@ def test_a_confusion_heat_map_has_true_classes_as_rows(ax: Axes) -> None:
     assert (ax.get_ylabel(), ax.get_xlabel()) == ("true class", "predicted class")
     assert [label.get_text() for label in ax.get_yticklabels()] == ["cat", "dog", "owl"]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["cat", "dog", "owl"]
-    np.testing.assert_allclose(colours(ax), [[0.8, 0.2, 0], [0, 0, 0], [0.25, 0, 0.75]])
+    shares = np.array([[0.8, 0.2, 0], [0, 0, 0], [0.25, 0, 0.75]])
+    np.testing.assert_allclose(colours(ax), shares)
     assert ax.images[0].get_clim() == (0, 1)
 
 
 def test_a_heat_map_shows_zero_to_one_with_a_name_on_every_row_and_column(ax: Axes) -> None:
-    values = [[0.25, 0.75], [0.5, 0.5], [1.0, 0.0]]
+    values = np.array([[0.25, 0.75], [0.5, 0.5], [1.0, 0.0]])
     plotting.heat_map(ax, values, ["the", "cat", "sat"], ["die", "Katze"], x_label="key", y_label="query")
     np.testing.assert_allclose(colours(ax), values)
     assert ax.images[0].get_clim() == (0, 1)
