@@ -327,7 +327,7 @@ def _row_sums(probe: Probe, got: Outcome, wanted: Outcome) -> str:
     ):
         return ""
     sums = result.double().sum(-1)
-    off = (sums - 1).abs() > 1e-3
+    off = ((sums - 1).abs() > 1e-3) & sums.isfinite()
     if bool(off.any()):
         row = int(off.nonzero()[0])
         return f"Row {row} of the result sums to {float(sums[row]):.4g}, not to 1."
@@ -688,10 +688,11 @@ def _entropy_gradient_twin(
 
 def _gradient_row_sums(probe: Probe, got: Outcome, wanted: Outcome) -> str:
     result, right = got.values.get("result"), wanted.values["result"]
-    if isinstance(result, Tensor) and result.shape == right.shape and bool(torch.isfinite(result).all()):
+    if isinstance(result, Tensor) and result.shape == right.shape and result.is_floating_point():
         sums = result.double().sum(-1)
-        if bool((sums.abs() > 1e-3).any()):
-            row = int((sums.abs() > 1e-3).nonzero()[0])
+        off = (sums.abs() > 1e-3) & sums.isfinite()
+        if bool(off.any()):
+            row = int(off.nonzero()[0])
             return f"Row {row} of the gradient sums to {float(sums[row]):.4g}; each row must sum to 0."
     return ""
 

@@ -11,7 +11,6 @@ import io
 import math
 import sys
 import threading
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -166,7 +165,7 @@ def _leaves(value: Any, name: str) -> dict[str, Any]:
     match value:
         case None:
             return {}
-        case Tensor():
+        case Tensor() if value.layout == torch.strided:
             return {name: value.detach().as_subclass(Tensor).clone()}
         case int() if abs(value) > 2**63:  # longer than a float, or a line of a report, can hold
             return {name: math.copysign(math.inf, value)}
@@ -353,9 +352,9 @@ def _differentiate(call: Any, result: Any, probe: Probe, made: dict[str, Any], o
             wanted |= {f"parameter {n}": p for n, p in enumerate(call.parameters())}
         else:
             wanted[name] = made[name]
-    total = (result * _cotangent(result)).sum()
-    if not wanted:
+    if not wanted:  # a module in which parameters() finds nothing
         return
+    total = (result * _cotangent(result)).sum()
     gradients = torch.autograd.grad(total, list(wanted.values()), allow_unused=True)
     for name, gradient in zip(wanted, gradients, strict=True):
         if gradient is None:
@@ -412,6 +411,5 @@ def _run_within(limit: float, candidate: Any, probe: Probe, forbidden: frozenset
                 ctypes.c_ulong(thread.ident), ctypes.py_object(TimeLimit)
             )
             thread.join(0.5)
-            time.sleep(0)
     finished_in_time = found and found[0].error != "TimeLimit"
     return found[0] if finished_in_time else Outcome(error="TimeLimit")
