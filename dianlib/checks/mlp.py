@@ -318,20 +318,22 @@ def _softmax_twin(
     return result.detach() if cut else result
 
 
-def _row_sums(probe: Probe, got: Outcome, wanted: Outcome) -> str:
-    result, right = got.values.get("result"), wanted.values["result"]
-    if (
-        not isinstance(result, Tensor)
-        or result.shape != right.shape
-        or not bool(torch.isfinite(result).all())
-    ):
-        return ""
+def _wrong_row_sum(got: Outcome, wanted: Outcome, right_sum: float) -> tuple[int, float] | None:
+    """Find the first row of the result that does not have the right sum."""
+    result = got.values.get("result")
+    if not isinstance(result, Tensor) or not result.is_floating_point():
+        return None
+    if result.shape != wanted.values["result"].shape:
+        return None
     sums = result.double().sum(-1)
-    off = ((sums - 1).abs() > 1e-3) & sums.isfinite()
-    if bool(off.any()):
-        row = int(off.nonzero()[0])
-        return f"Row {row} of the result sums to {float(sums[row]):.4g}, not to 1."
-    return ""
+    off = ((sums - right_sum).abs() > 1e-3) & sums.isfinite()
+    row = int(off.int().argmax())
+    return (row, float(sums[row])) if bool(off[row]) else None
+
+
+def _row_sums(probe: Probe, got: Outcome, wanted: Outcome) -> str:
+    found = _wrong_row_sum(got, wanted, 1.0)
+    return f"Row {found[0]} of the result sums to {found[1]:.4g}, not to 1." if found else ""
 
 
 def _softmax_by_log_sum_exp(logits: Tensor) -> Tensor:
@@ -687,14 +689,8 @@ def _entropy_gradient_twin(
 
 
 def _gradient_row_sums(probe: Probe, got: Outcome, wanted: Outcome) -> str:
-    result, right = got.values.get("result"), wanted.values["result"]
-    if isinstance(result, Tensor) and result.shape == right.shape and result.is_floating_point():
-        sums = result.double().sum(-1)
-        off = (sums.abs() > 1e-3) & sums.isfinite()
-        if bool(off.any()):
-            row = int(off.nonzero()[0])
-            return f"Row {row} of the gradient sums to {float(sums[row]):.4g}; each row must sum to 0."
-    return ""
+    found = _wrong_row_sum(got, wanted, 0.0)
+    return f"Row {found[0]} of the gradient sums to {found[1]:.4g}; each row must sum to 0." if found else ""
 
 
 def _gradient_by_one_hot(logits: Tensor, targets: Tensor) -> Tensor:
