@@ -38,6 +38,7 @@ def train_epoch(model: nn.Module, batches: Pairs, optimizer: Optimizer, loss_fn:
 
     The mean weighs each batch with its size, so a short last batch does not count too much. The
     losses are those met on the way, each before its step. The model is left in training mode.
+    Raises ValueError when there is no batch.
     """
     model.train()
     losses, sizes = [], []
@@ -50,13 +51,15 @@ def train_epoch(model: nn.Module, batches: Pairs, optimizer: Optimizer, loss_fn:
         # a graphics card wait at every step.
         losses.append(loss.detach())
         sizes.append(len(targets))
+    if not sizes:
+        raise ValueError("there is no batch to train on; check that the batches are not used up.")
     return sum(loss.item() * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)
 
 
 def mean_loss(model: nn.Module, batches: Pairs, loss_fn: Loss) -> float:
     """Return the mean loss per sample, in evaluation mode and without gradients.
 
-    The model gets its own mode back.
+    The model gets its own mode back. Raises ValueError when there is no batch.
     """
     return _loss_and_accuracy(model, batches, loss_fn)[0]
 
@@ -77,6 +80,8 @@ def _loss_and_accuracy(model: nn.Module, batches: Pairs, loss_fn: Loss) -> tuple
             n_correct += (outputs.argmax(dim=-1) == targets).sum()
             n_targets += targets.numel()
     model.train(was_training)
+    if n_samples == 0:
+        raise ValueError("there is no batch to measure; check that the batches are not used up.")
     return float(total_loss) / n_samples, float(n_correct) / n_targets if n_targets else math.nan
 
 

@@ -275,6 +275,15 @@ def test_fit_refuses_what_makes_no_sense(
     assert torch.equal(before, weights(model))
 
 
+def test_batches_that_are_used_up_are_noticed() -> None:
+    model = network()
+    once = iter(train_batches())
+    with pytest.raises(ValueError, match="no batch to train on"):
+        fit(model, once, epochs=2, optimizer=sgd(model))
+    with pytest.raises(ValueError, match="no batch to measure"):
+        mean_loss(model, once, cross_entropy)
+
+
 # ----- the progress bar ----------------------------------------------------------------------------------
 
 TRAIN = """
