@@ -2,6 +2,7 @@ import http.client
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -162,7 +163,7 @@ def test_the_keyboard_interrupts_quietly(monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:
-    command = f"{sys.executable} -m dianlib.cli status | true"
+    command = f"{shlex.quote(sys.executable)} -m dianlib.cli status | true"
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert done.stderr == ""
 
