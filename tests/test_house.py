@@ -170,6 +170,12 @@ def test_the_documents_name_only_commands_that_exist() -> None:
     assert used <= set(re.findall(r"^    ([a-z]+)\b", overview, re.MULTILINE))
 
 
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_the_links_of_the_documents_lead_somewhere(page: str) -> None:
+    targets = re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text())
+    assert [target for target in targets if target not in tracked()] == []
+
+
 def test_continuous_integration_runs_what_everybody_runs() -> None:
     script = (ROOT / ".ci" / "run").read_text()
     assert script.rstrip().endswith("make test")
