@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dianlib.checks.running import Foreign, Outcome, Probe, run, run_all
+from dianlib.checks.running import Foreign, Outcome, Parameters, Probe, run, run_all
 from dianlib.checks.task import Candidate, Fault, Task
 
 RELATIVE, ABSOLUTE = 1e-4, 1e-5
@@ -109,7 +109,7 @@ def problem(probe: Probe, got: Outcome, wanted: Outcome) -> str:
         return f"It raised {got.error_text}"
     for name, expected in wanted.values.items():
         if name not in got.values:
-            return _missing(name, got)
+            return _missing(name, got, expected)
         kind = _kind_problem(name, got.values[name], expected)
         if kind:
             return kind
@@ -120,16 +120,17 @@ def problem(probe: Probe, got: Outcome, wanted: Outcome) -> str:
         )
     for name, expected in wanted.values.items():
         if not close(got.values[name], expected):
-            return _difference(name, got.values[name], expected, probe)
+            found = _difference(name, got.values[name], expected, probe)
+            return f"{found} It raised {got.error_text}" if probe.verdict and got.error_text else found
     if got.changed:
         return f"It changed its argument {got.changed[0]} in place; the caller still needs that tensor."
     return ""
 
 
-def _missing(name: str, got: Outcome) -> str:
+def _missing(name: str, got: Outcome, expected: Any) -> str:
     parts = got.values.get("result (number of parts)")
     if name == "result" and parts is not None:
-        return f"It returned a collection of {parts} parts; look at the statement for what to return."
+        return f"It returned a list, tuple or dictionary with {parts} parts; return {_kind(expected)}."
     found = got.values.get("result")
     if name == "result" and parts is None:
         return "It returned nothing. Is a return missing?"
@@ -152,7 +153,7 @@ def _difference(name: str, got: Any, expected: Any, probe: Probe) -> str:
         return f"{name} holds a value that is {kind}."
     ratio = _constant_ratio(a, b)
     if ratio is not None:
-        return f"{name} is off by a constant factor: everything is {ratio} of what it should be."
+        return f"{name} is off by a constant factor: everything is {ratio} what it should be."
     if a.numel() > 1 and torch.allclose(
         a.flatten().sort().values, b.flatten().sort().values, RELATIVE, ABSOLUTE
     ):
@@ -173,7 +174,7 @@ def _constant_ratio(got: Tensor, expected: Tensor) -> str | None:
     ratio = float(ratios.mean())
     if abs(ratio) < 1e-6 or abs(ratio - 1) < 1e-3 or not torch.allclose(got, ratio * expected, 1e-3, 1e-5):
         return None
-    return f"1/{1 / ratio:.4g}" if abs(ratio) < 1 else f"{ratio:.4g} times"
+    return f"1/{1 / ratio:.4g} of" if abs(ratio) < 1 else f"{ratio:.4g} times"
 
 
 # ----- naming --------------------------------------------------------------------------------------------
@@ -181,10 +182,14 @@ def _constant_ratio(got: Tensor, expected: Tensor) -> str | None:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The mistakes that explain a candidate: one, a pair that acts ``together``, or several rivals."""
+    """The mistakes that explain a candidate: one, a pair that acts together, several, or several rivals.
+
+    Several mistakes are ``apart`` when each was seen in an answer of its own.
+    """
 
     faults: tuple[Fault, ...] = ()
     together: bool = False
+    apart: bool = False
 
 
 class Bench:
@@ -218,7 +223,7 @@ class Bench:
             return Diagnosis(tuple(pairs[0][name] for name in pairs[0] if name in common), len(common) == 2)
         rows = list(zip([*self.probes, self.probes[0]], outcomes, wanted, strict=True))
         signed = {f.id: f for f in self.task.mistakes if f.sign and any(f.sign(*row) for row in rows)}
-        return Diagnosis(tuple(signed.values()))
+        return Diagnosis(tuple(signed.values()), apart=True)
 
     def _explains(self, form: Candidate, outcomes: list[Outcome]) -> bool:
         """Tell whether a wrong implementation does the same on every probe; it runs only as far as needed.
@@ -269,6 +274,10 @@ def judge(bench: Bench, outcomes: list[Outcome]) -> Report:
 
 def _problem(task: Task, probe: Probe, got: Outcome, wanted: Outcome) -> str:
     """Say what is wrong on one probe; the task's own properties speak before the general sentence."""
+    if task.is_value and not got.error and "result" not in got.values:
+        return (
+            f"There is no answer to this question yet: write a number for the key {probe.args['question']!r}."
+        )
     general = problem(probe, got, wanted)
     if not general or got.error:
         return general
@@ -295,16 +304,23 @@ def _explain(
         lines += _example(bench.probes[first], outcomes[first])
     if diagnosis.together:
         lines.append("Two mistakes together give exactly these numbers:")
+    elif len(diagnosis.faults) > 1 and diagnosis.apart:
+        lines.append("These mistakes are known:")
     elif len(diagnosis.faults) > 1:
         lines.append("Each of these mistakes fits; the probes cannot tell them apart:")
     elif diagnosis.faults:
         lines.append("This mistake is known:")
-    elif first is None or outcomes[first].error not in ("NotImplementedError", "TimeLimit"):
+    elif first is None or not _says_why(outcomes[first]):
         lines.append("Cause not recognised: no known mistake does exactly this.")
         lines.append(f'For a question that may help, run hint("{task.id}").')
     for fault in diagnosis.faults:
         lines += [f"  [{fault.id}] {fault.does}", f"  What to do: {fault.todo}", f"  Reread: {where(fault)}"]
     return "\n".join(lines)
+
+
+def _says_why(outcome: Outcome) -> bool:
+    """Tell whether what happened is its own explanation: the stub, no end, nothing returned."""
+    return outcome.error in ("NotImplementedError", "TimeLimit") or not (outcome.error or outcome.values)
 
 
 def where(fault: Fault) -> str:
@@ -324,6 +340,8 @@ def _example(probe: Probe, outcome: Outcome) -> list[str]:
     lines += [f"    {name} = {_show(value)}" for name, value in probe.args.items() if _show(value)]
     if not outcome.error and not probe.verdict:
         results = {name: value for name, value in outcome.values.items() if name.startswith("result")}
+        # A task that returns nothing shows in what its arguments have become.
+        results = results or {n: value for n, value in outcome.values.items() if n.endswith("afterwards")}
         parts = {name: value for name, value in results.items() if "number of parts" not in name}
         lines += [
             f"    your {name} = {_show(value)}" for name, value in list(parts.items())[:6] if _show(value)
@@ -332,6 +350,9 @@ def _example(probe: Probe, outcome: Outcome) -> list[str]:
 
 
 def _show(value: Any) -> str:
+    if isinstance(value, Parameters):
+        pairs = zip(value.values, value.gradients, strict=True)
+        return "; ".join(f"{_show(v)} with gradient {None if g is None else _show(g)}" for v, g in pairs)
     if isinstance(value, Tensor):
         if value.numel() > 30:
             return f"a tensor of shape {tuple(value.shape)}"

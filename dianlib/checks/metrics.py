@@ -186,12 +186,15 @@ def _confusions(generator: torch.Generator) -> list[Probe]:
     neither = draw(5, 4, 20)
     neither[3, :] = 0
     neither[:, 3] = 0
+    neither[0, :] = 0
+    neither[:, 0] = 0
+    neither[0, 0] = 1  # the smallest class that there is: 1 of 1
     return [
         probe("two classes of unequal size", draw(2, 6, 12), core=True),
         probe("six classes", draw(6, 5, 40), core=True),
         probe("class 2 is never predicted", never_predicted),
         probe("class 1 never occurs but is predicted", absent),
-        probe("class 3 neither occurs nor is predicted", neither),
+        probe("class 3 neither occurs nor is predicted, class 0 has one sample", neither),
     ]
 
 
@@ -251,13 +254,14 @@ ACCURACY_TASK = Task(
         ),
         Fault(
             "metrics-integer-truncation",
-            "The decimals of the percentage are cut off.",
-            "Do not use int() or // on the way; return the fraction as it is and round only when you print.",
+            "The result is rounded, or its decimals are cut off.",
+            "Do not use round(), int() or // on the way; return the fraction as it is and round only when you print.",
             ACCURACY,
             implementations=[
                 lambda confusion: int(100 * metrics.accuracy(confusion)) / 100,
                 lambda confusion: int(100 * metrics.accuracy(confusion)),
                 lambda confusion: int(metrics.accuracy(confusion)),
+                lambda confusion: round(metrics.accuracy(confusion), 2),
             ],
         ),
         Fault(
@@ -1105,6 +1109,14 @@ def _wilson_as_list_of_tensors(n_correct: int, n_total: int, z: float = 1.96) ->
     return [centre - half, centre + half]
 
 
+def _outside_shares(probe: Probe, got: Outcome, wanted: Outcome) -> str:
+    ends = [got.values.get("result[0]"), got.values.get("result[1]")]
+    for end in ends:
+        if isinstance(end, int | float) and not -1e-6 <= end <= 1 + 1e-6:
+            return f"The interval has an end at {end:.4g}; success rates lie between 0 and 1."
+    return ""
+
+
 WILSON = Task(
     id="metrics.wilson_interval",
     signature="wilson_interval(n_correct, n_total, z=1.96)",
@@ -1113,6 +1125,7 @@ WILSON = Task(
     probes=_interval_probes,
     twin=_interval_twin,
     forbidden=frozenset({"wilson_interval"}),
+    properties=[_outside_shares],
     variants=[_wilson_by_quadratic_formula, _wilson_as_list_of_tensors],
     hints=(
         "20 of 20 are right. Which true rates could still have given that? Is 1.0 the only one?",
@@ -1343,8 +1356,8 @@ GRADE_THIS = Task(
         ),
         Fault(
             "test-exact-floats",
-            "Your test asks for exactly equal floating-point numbers and rejects right answers.",
-            "Allow a small difference, for example 1e-5, with math.isclose or torch.isclose.",
+            "Your test rejects every implementation, the right ones too, as a test for exactly equal numbers does.",
+            "Allow a small difference, for example 1e-5, with math.isclose; then check the numbers that you expect.",
             AVERAGES,
             implementations=[_examine_too_strict],
         ),
@@ -1366,8 +1379,8 @@ READ_A_TABLE = Task(
     reference=_TABLE.get,
     probes=answer_probes(
         {
-            "denominator": "of which number are all six values whole multiples (divided by it)",
-            "weight": "how many times an image of the last batch counts as much as another",
+            "denominator": "the number D for which all six values are a whole number divided by D",
+            "weight": "how many times as much an image of the last batch counts",
             "lowest": "the lowest true accuracy behind .982285",
             "highest": "the highest true accuracy behind .982285",
         }

@@ -171,6 +171,11 @@ def _relu_twin(x: Tensor, *, form: str = "relu", cut: bool = False) -> Tensor:
     return result.detach() if cut else result
 
 
+def _relu_in_place(x: Tensor) -> Tensor:
+    x[x < 0] = 0
+    return x
+
+
 def _relu_by_clamp(x: Tensor) -> Tensor:
     return x.clamp(min=0)
 
@@ -257,6 +262,13 @@ RELU = Task(
             "ReLU is max(x, 0), element by element.",
             BEND,
             settings=[{"form": form} for form in ("softplus", "gelu", "sigmoid", "tanh")],
+        ),
+        Fault(
+            "relu-in-place",
+            "You write the zeros into x itself. The caller's tensor is changed, and torch refuses it when x needs a gradient.",
+            "Make a new tensor, for example with torch.where or x * (x > 0).",
+            BEND,
+            implementations=[_relu_in_place],
         ),
         Fault("backward-detached", *_DETACHED, WRONG, settings=[{"cut": True}]),
     ],
@@ -1547,8 +1559,8 @@ GRADE_THIS = Task(
         ),
         Fault(
             "test-exact-floats",
-            "Your test asks for exactly equal floating-point numbers and rejects right answers.",
-            "Allow a small difference, for example with torch.allclose.",
+            "Your test rejects every implementation, the right ones too, as a test for exactly equal numbers does.",
+            "Allow a small difference, for example with torch.allclose; then check the numbers that you expect.",
             SOFTMAX,
             implementations=[_examine_exactly],
         ),
