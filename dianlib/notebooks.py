@@ -49,8 +49,8 @@ def execute(path: Path, timeout: int = 300) -> bool:
     try:
         client.execute(env=environment)
     except CellExecutionError as error:
-        message = f"{error.ename}: {error.evalue}" if error.evalue else error.ename
-        raise NotebookError(f"{path}: {_cell_name(client.current)} raised {message}") from None
+        raised = _raised(error.ename, error.evalue)
+        raise NotebookError(f"{path}: {_cell_name(client.current)} {raised}") from None
     except (CellTimeoutError, DeadKernelError) as error:
         raise NotebookError(f"{path}: {_cell_name(client.current)} {_gave_up(error, timeout)}") from None
     notebook.metadata.update(kernelspec=KERNEL, language_info={"name": "python"})
@@ -108,6 +108,7 @@ class TaskResult:
     max_points: float
     passed: bool
     diagnosis: tuple[str, ...]
+    is_stub: bool = False
     ran: bool = True
 
 
@@ -144,6 +145,8 @@ def _verdict(result: TaskResult) -> str:
         return "its check did not run"
     if result.passed:
         return "passed"
+    if result.is_stub:
+        return "not begun"
     return ", ".join(result.diagnosis) or "cause not recognised"
 
 
@@ -208,7 +211,7 @@ def _problem(cell: NotebookNode, reply: dict[str, Any], timeout: int) -> Iterato
     if reply["ename"] == "CellTimeout":
         yield f"{name} took longer than {timeout} seconds and was stopped."
     else:
-        yield f"{name} raised {reply['ename']}: {reply['evalue']}"
+        yield f"{name} {_raised(reply['ename'], reply['evalue'])}"
 
 
 def _logged(log: Path) -> Iterator[TaskResult]:
@@ -222,6 +225,7 @@ def _logged(log: Path) -> Iterator[TaskResult]:
             report["max_points"],
             report["passed"],
             tuple(report["diagnosis"]),
+            is_stub="still the stub" in report["message"],
         )
 
 
@@ -274,6 +278,10 @@ def _cell_name(cell: NotebookNode | None, article: str = "the") -> str:
     """Name a cell by its first line of code, which is what a person sees of it."""
     lines = [line.strip() for line in cell.source.splitlines() if line.strip()] if cell else []
     return f'{article} cell that begins "{lines[0]}"' if lines else f"{article} kernel"
+
+
+def _raised(name: str, text: str) -> str:
+    return f"raised {name}: {text}" if text else f"raised {name}"
 
 
 def _gave_up(error: Exception, timeout: int) -> str:

@@ -58,7 +58,7 @@ def test_check_and_status(tmp_path: Path, capsys: Captured) -> None:
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines == [
         ["metrics.accuracy", f"{points}", "of", f"{points}", "passed"],
-        ["metrics.macro_f1", "0", "of", f"{others}", "cause", "not", "recognised"],
+        ["metrics.macro_f1", "0", "of", f"{others}", "not", "begun"],
         ["sum", f"{points}", "of", f"{points + others}"],
     ]
 

@@ -144,6 +144,7 @@ def test_the_score_of_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "check('mlp.softmax', 0.0)",
         "undefined_function; check('mlp.cross_entropy', 1.0)",
         "# check('mlp.sgd_step', 1.0)",
+        "raise KeyboardInterrupt",
         kernelspec={"name": "conda-env-of-a-student", "display_name": "?"},
     )
     before = path.read_bytes()
@@ -162,7 +163,8 @@ def test_the_score_of_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert 'The cell that begins "oops(" raised SyntaxError' in lines[5]
     assert lines[6].endswith("raised ValueError: no such thing")
     assert "undefined_function" in lines[7]
-    assert len(lines) == 8
+    assert lines[8].endswith("raised KeyboardInterrupt")
+    assert len(lines) == 9
     assert not score.passed
     saved = json.loads((tmp_path / "progress.json").read_text())["tasks"]
     assert saved["mlp.linear"]["passed"], "a learner's own run counts as progress"
