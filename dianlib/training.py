@@ -33,12 +33,17 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def train_epoch(model: nn.Module, batches: Pairs, optimizer: Optimizer, loss_fn: Loss) -> float:
+def train_epoch(
+    model: nn.Module,
+    batches: Pairs,
+    optimizer: Optimizer,
+    loss_fn: Loss,
+) -> float:
     """Take one optimizer step for each batch and return the mean loss per sample.
 
-    The mean weighs each batch with its size, so a short last batch does not count too much. The
-    losses are those met on the way, each before its step. The model is left in training mode.
-    Raises ValueError when there is no batch.
+    The mean weighs each batch with its size, so a short last batch does not count too
+    much. The losses are those met on the way, each before its step. The model is left
+    in training mode. Raises ValueError when there is no batch.
     """
     model.train()
     losses, sizes = [], []
@@ -47,13 +52,14 @@ def train_epoch(model: nn.Module, batches: Pairs, optimizer: Optimizer, loss_fn:
         loss = loss_fn(model(inputs), targets)
         loss.backward()
         optimizer.step()
-        # detach() keeps the number and drops the graph. Reading it here, with .item(), would make
-        # a graphics card wait at every step.
+        # detach() keeps the number and drops the graph. Reading it here, with .item(),
+        # would make a graphics card wait at every step.
         losses.append(loss.detach())
         sizes.append(len(targets))
     if not sizes:
-        raise ValueError("there is no batch to train on; check that the batches are not used up.")
-    return sum(loss.item() * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)
+        raise ValueError("no batch to train on; check that the batches are not used up.")
+    total = sum(loss.item() * size for loss, size in zip(losses, sizes, strict=True))
+    return total / sum(sizes)
 
 
 def mean_loss(model: nn.Module, batches: Pairs, loss_fn: Loss) -> float:

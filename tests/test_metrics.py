@@ -100,9 +100,11 @@ def test_wilson_equals_scipy_and_solves_its_equation(k: int, n: int, confidence:
     for end in (low, high):
         assert (k / n - end) ** 2 == pytest.approx(z**2 * end * (1 - end) / n, abs=1e-12)
     assert 0 <= low < high <= 1
+    assert (low == 0) is (k == 0)
+    assert (high == 1) is (k == n)
 
 
 @pytest.mark.parametrize(("k", "n"), [(1, 0), (-1, 5), (6, 5)])
 def test_wilson_refuses_impossible_counts(k: int, n: int) -> None:
-    with pytest.raises(ValueError, match="0 <= n_correct <= n_total"):
+    with pytest.raises(ValueError, match=f"cannot be {k} right answers among {n}"):
         metrics.wilson_interval(k, n)

@@ -119,7 +119,7 @@ def test_mlp_permuting_hidden_units_changes_nothing() -> None:
 
 @pytest.mark.parametrize("sizes", [[], [5]])
 def test_mlp_refuses_too_few_sizes(sizes: list[int]) -> None:
-    with pytest.raises(ValueError, match="an input and an output size"):
+    with pytest.raises(ValueError, match="give an input and an output size"):
         mlp.MLP(sizes)
 
 
