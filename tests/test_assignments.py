@@ -1,0 +1,324 @@
+"""The assignments: every task stands in them once, solved in the source and open in the release."""
+
+import contextlib
+import io
+import re
+from functools import cache
+from typing import Any
+
+import nbformat
+import pytest
+import torch
+import yaml
+from assignment import BEGIN, END, ROOT, answer_cells, define, items, mark, read, visible_and_hidden
+
+from dianlib import metrics, mlp
+from dianlib.checks import grade, tasks
+from dianlib.checks.registry import CHAPTERS
+from dianlib.checks.running import make
+
+FOLDERS = ("solutions", "exercises")
+EVERY_TASK = [(slug, item.task) for slug in CHAPTERS for item in items(read("solutions", slug))]
+
+
+def item_of(folder: str, slug: str, task: str) -> Any:
+    return next(item for item in items(read(folder, slug)) if item.task == task)
+
+
+@cache
+def answers(folder: str, slug: str) -> dict[str, Any]:
+    return define([cell.source for cell in answer_cells(read(folder, slug))])
+
+
+# ----- structure -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("slug", CHAPTERS)
+def test_every_task_of_the_chapter_stands_there_once_and_in_order(folder: str, slug: str) -> None:
+    found = [item.task for item in items(read(folder, slug))]
+    assert found == [name for name, task in tasks().items() if task.chapter == slug]
+    assert 6 <= len(found) <= 10
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("slug", CHAPTERS)
+def test_points_are_those_of_the_task_and_the_sum_is_announced(folder: str, slug: str) -> None:
+    notebook = read(folder, slug)
+    for number, item in enumerate(items(notebook), 1):
+        points = tasks()[item.task].points
+        assert mark(item.check, "points") == points
+        unit = "point" if points == 1 else "points"
+        heading = item.statement.splitlines()[0]
+        assert heading.startswith(f"## Task {number}: ")
+        assert heading.endswith(f"({points} {unit})")
+    total = sum(mark(cell, "points") or 0 for cell in notebook.cells)
+    assert f"**Points:** {total}" in notebook.cells[0].source
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("slug", CHAPTERS)
+def test_nbgrader_marks_are_whole(folder: str, slug: str) -> None:
+    marked = [cell for cell in read(folder, slug).cells if "nbgrader" in cell.metadata]
+    names = [mark(cell, "grade_id") for cell in marked]
+    assert len(set(names)) == len(names)
+    for cell in marked:
+        assert mark(cell, "schema_version") == 3
+        assert mark(cell, "task") is False
+        # A check can be read and not changed; an answer can be changed; other marked cells give no points.
+        if mark(cell, "points"):
+            assert mark(cell, "grade") is True
+            assert mark(cell, "locked") is not mark(cell, "solution")
+        elif not mark(cell, "solution"):
+            assert mark(cell, "locked") is True
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("slug", CHAPTERS)
+def test_no_outputs_are_stored(folder: str, slug: str) -> None:
+    for cell in read(folder, slug).cells:
+        if cell.cell_type == "code":
+            assert (cell.outputs, cell.execution_count) == ([], None)
+
+
+@pytest.mark.parametrize(("slug", "task"), EVERY_TASK)
+def test_a_statement_says_what_to_write(slug: str, task: str) -> None:
+    item = item_of("exercises", slug, task)
+    assert tasks()[task].signature in item.statement.replace("`", "")
+    assert "**Example" in item.statement
+    if not tasks()[task].is_value:
+        assert "\n- Return" in item.statement or "it returns" in item.statement
+        assert f" {item.candidate}(" in item.answer.source  # the head of the function stays visible
+        assert '"""' in item.answer.source
+    assert item.answer.source.splitlines()[-1].strip() == "raise NotImplementedError"
+
+
+@pytest.mark.parametrize(("slug", "task"), EVERY_TASK)
+def test_what_to_read_exists(slug: str, task: str) -> None:
+    chapter = nbformat.read(ROOT / "book" / f"{slug}.ipynb", as_version=4)
+    text = "\n".join(cell.source for cell in chapter.cells if cell.cell_type == "markdown")
+    named = re.search(r"^\*\*Read:\*\* (.*)$", item_of("exercises", slug, task).statement, re.MULTILINE)
+    headings = re.findall('"([^"]+)"', named[1]) if named else []
+    assert headings
+    for heading in headings:
+        assert f"\n## {heading}\n" in f"\n{text}\n"
+
+
+@pytest.mark.parametrize("slug", CHAPTERS)
+def test_the_first_cell_tells_how_to_work(slug: str) -> None:
+    text = read("exercises", slug).cells[0].source
+    repository = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
+    setup = f"{repository['url']}/blob/{repository['branch']}/book/setup.md"
+    assert f"[Setup]({setup})" in text
+    assert (ROOT / "book" / "setup.md").is_file()
+    assert "Colab" in text
+    example = re.search(r'hint\("([\w.]+)"\)', text)
+    assert example
+    assert example[1] in tasks()
+
+
+@pytest.mark.parametrize("slug", CHAPTERS)
+def test_prose_is_plain(slug: str) -> None:
+    for cell in read("solutions", slug).cells:
+        if cell.cell_type == "markdown":
+            assert not re.search(
+                r"\b(simply|just|obviously|trivially|of course)\b", cell.source, re.IGNORECASE
+            )
+
+
+# ----- the worked examples -------------------------------------------------------------------------------
+
+WARM_UP = torch.tensor([[3, 1, 0], [2, 1, 0], [1, 2, 0]])
+LOGITS, LABELS = torch.tensor([[0, 1.0986], [5, 5]]), torch.tensor([0, 1])
+
+
+def test_the_examples_of_the_metrics_statements_are_right() -> None:
+    targets = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 2])
+    predictions = torch.tensor([0, 0, 0, 1, 1, 0, 0, 0, 1, 1])
+    notebook = read("exercises", "metrics")
+    table = next(cell.source for cell in notebook.cells if cell.id == "warm-up")
+    for row in (targets, predictions):
+        assert f"| {' | '.join(map(str, row.tolist()))} |" in table
+    assert torch.equal(metrics.confusion_matrix(predictions, targets, 3), WARM_UP)
+    for row in WARM_UP.tolist():
+        assert f"| {' | '.join(map(str, row))} |" in table
+
+    def said(task: str, *numbers: str) -> bool:
+        statement = item_of("exercises", "metrics", f"metrics.{task}").statement
+        return all(number in statement for number in numbers)
+
+    def rounded(values: torch.Tensor) -> str:
+        return str([round(value, 4) for value in values.tolist()])
+
+    assert said("confusion_matrix", str(WARM_UP.tolist()))
+    assert said("accuracy", f"the result is {metrics.accuracy(WARM_UP)}")
+    for name in ("precision", "recall", "f1"):
+        assert said(name, rounded(getattr(metrics, name)(WARM_UP)))
+    p, r = (float(rate.mean()) for rate in (metrics.precision(WARM_UP), metrics.recall(WARM_UP)))
+    assert said("macro_f1", f"= {metrics.macro_f1(WARM_UP):.4f}", f"would be {2 * p * r / (p + r):.4f}")
+    assert said(
+        "evaluate", f"precision {p:.2f}, recall {r:.4f}, f1 {metrics.macro_f1(WARM_UP):.4f}, as for all ten"
+    )
+    parts = [
+        metrics.confusion_matrix(a, b, 3) for a, b in zip(predictions.split(4), targets.split(4), strict=True)
+    ]
+    by_batch = [(metrics.accuracy(part), metrics.macro_f1(part)) for part in parts]
+    first, second = (sum(column) / 3 for column in zip(*by_batch, strict=True))
+    assert said("evaluate", f"would give accuracy {first:.4f} and f1 {second:.4f}")
+    low, high = metrics.wilson_interval(8, 10)
+    assert said("wilson_interval", f"({low:.4f}, {high:.4f})", f"{1 + 1.96**2 / 10:.5f}")
+    assert said("grade_this", f"{metrics.macro_f1(WARM_UP):.6f}")
+
+
+def test_the_examples_of_the_mlp_statements_are_right() -> None:
+    def said(task: str, *numbers: str) -> bool:
+        statement = item_of("exercises", "mlp", f"mlp.{task}").statement
+        return all(number in statement for number in numbers)
+
+    x, weight = torch.tensor([[1.0, 2], [3, -1]]), torch.tensor([[1.0, 0], [2, 1], [0, -1]])
+    outputs = mlp.linear(x, weight, torch.tensor([0.5, 0, 1]))
+    assert outputs.tolist() == [[1.5, 4, -1], [3.5, 5, 2]]
+    assert said("linear", "`[[1.5, 4, -1], [3.5, 5, 2]]`")
+
+    def close(values: torch.Tensor, wanted: list[Any]) -> bool:
+        return torch.allclose(values, torch.tensor(wanted), atol=5e-5)
+
+    assert close(mlp.softmax(LOGITS), [[0.25, 0.75], [0.5, 0.5]])
+    assert close(mlp.softmax(torch.tensor([[-500, -498.9014]])), [[0.25, 0.75]])
+    assert said("softmax", "`[0.25, 0.75]`", "`[0.5, 0.5]`", "[-500, -498.9014]")
+    assert torch.tensor(89.0).exp().isinf()
+    assert said("softmax", "exp(89)")
+    assert close(mlp.cross_entropy(LOGITS, LABELS), 1.0397)
+    assert said("cross_entropy", "1.0397", "1.3863 and 0.6931")
+    assert close(mlp.cross_entropy_gradient(LOGITS, LABELS), [[-0.375, 0.375], [0.25, -0.25]])
+    assert said("cross_entropy_gradient", "`[[-0.375, 0.375], [0.25, -0.25]]`")
+    assert sum(parameter.numel() for parameter in mlp.MLP([3, 5, 4]).parameters()) == 44
+    assert said("MLP", "= 44 parameters")
+    parameter = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    parameter.grad = torch.tensor([0.5, -1.0])
+    mlp.sgd_step([parameter], 0.1)
+    assert close(parameter.detach(), [0.95, 2.1])
+    assert said("sgd_step", "`[0.95, 2.1]`")
+
+
+# ----- the solutions -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("slug", "task"), EVERY_TASK)
+def test_the_solution_gets_all_points_on_every_seed(slug: str, task: str) -> None:
+    item = item_of("solutions", slug, task)
+    candidate = answers("solutions", slug)[item.candidate]
+    if tasks()[task].is_value:  # both value tasks call their dictionary `answers`: the last one stays
+        candidate = define(
+            [c.source for c in answer_cells(read("solutions", slug)) if mark(c, "locked") or c is item.answer]
+        )["answers"]
+    for seed in (0, item.seed, 1, 2026):
+        report = grade(task, candidate, seed)
+        assert report.passed, report.message
+
+
+@pytest.mark.parametrize("slug", CHAPTERS)
+def test_the_solutions_are_written_out(slug: str) -> None:
+    """They use torch and each other, not the library that they are compared with."""
+    for cell in read("solutions", slug).cells:
+        if cell.cell_type == "code":
+            used = re.findall(r"dianlib[.\w]*", cell.source)
+            assert set(used) <= {"dianlib.checks", "dianlib.data"}
+
+
+@pytest.mark.parametrize("slug", CHAPTERS)
+def test_hidden_seeds_are_the_graders_own(slug: str) -> None:
+    seeds = [item.seed for item in items(read("solutions", slug))]
+    assert None not in seeds
+    assert 0 not in seeds  # the visible check's
+    assert len(set(seeds)) == len(seeds)
+
+
+@pytest.mark.parametrize("slug", CHAPTERS)
+def test_one_of_the_three_submissions_is_right(slug: str) -> None:
+    """Students read three implementations; the solution's own test accepts one of them."""
+    cells = {cell.id: cell.source for cell in read("exercises", slug).cells}
+    shown = define([cells["imports"], cells["grade-this-submissions"]])
+    submissions = [shown[f"submission_{letter}"] for letter in "abc"]
+    examine = answers("solutions", slug)["examine"]
+    assert sum(examine(submission) for submission in submissions) == 1
+    # The grader's own specimens are others.
+    task = tasks()[f"{slug}.grade_this"]
+    for probe in task.probes(torch.Generator().manual_seed(0)):
+        for source in probe.args.values():
+            assert callable(make(source))
+            body = source.text.split("\n", 1)[1].strip()
+            assert body not in cells["grade-this-submissions"]
+
+
+# ----- the release ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slug", CHAPTERS)
+def test_the_release_holds_no_solution_and_no_hidden_check(slug: str) -> None:
+    path = ROOT / "exercises" / slug / f"{slug}.ipynb"
+    assert [file.name for file in path.parent.iterdir() if file.name != ".ipynb_checkpoints"] == [path.name]
+    notebook = read("exercises", slug)
+    text = "\n".join(cell.source for cell in notebook.cells)
+    for marker in (BEGIN, END, "HIDDEN TESTS", "MARK SCHEME", "Marking:"):
+        assert marker not in path.read_text()
+    for item in items(read("solutions", slug)):
+        assert str(item.seed) not in text
+    assert all(item.seed is None for item in items(notebook))
+
+    visible, hidden = (
+        set().union(*lines)
+        for lines in zip(*map(visible_and_hidden, read("solutions", slug).cells), strict=True)
+    )
+    assert len(hidden) > 50
+    essays = [cell.source for cell in notebook.cells if cell.cell_type == "markdown" and mark(cell, "solution")]
+    assert set(essays) <= {"Write your answer here."}
+    assert (hidden - visible) & {line.strip() for line in text.splitlines()} == set()
+
+
+@pytest.mark.parametrize(("slug", "task"), EVERY_TASK)
+def test_the_stub_gets_nothing_and_a_sentence(slug: str, task: str) -> None:
+    item = item_of("exercises", slug, task)
+    candidate = answers("exercises", slug)[item.candidate]
+    report = grade(task, candidate)
+    assert (report.score, report.points, report.diagnosis) == (0.0, 0.0, ())
+    wanted = "There is no answer to this question yet" if tasks()[task].is_value else "This is still the stub"
+    assert wanted in report.message
+    assert "Traceback" not in report.message
+    assert "Cause not recognised" not in report.message
+
+
+@pytest.mark.parametrize("slug", CHAPTERS)
+def test_numbers_count_even_when_the_stub_line_stays(slug: str) -> None:
+    """Whoever fills in the dictionary and forgets to delete the `raise` below it loses nothing."""
+    solved = answers("solutions", slug)["answers"]
+    stub = items(read("exercises", slug))[-1]
+    filled = stub.answer.source
+    for key, value in solved.items():
+        filled = filled.replace(f'"{key}": None', f'"{key}": {value!r}')
+    assert filled.endswith("raise NotImplementedError")
+    assert grade(stub.task, define([filled])["answers"]).passed
+
+
+@pytest.mark.parametrize("slug", CHAPTERS)
+def test_the_trial_on_real_digits_works_and_waits_politely(slug: str) -> None:
+    cells = {cell.id: cell.source for cell in read("exercises", slug).cells}
+    printed = {}
+    for folder in FOLDERS:
+        names = dict(answers(folder, slug))
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            exec(cells["use-it-digits"], names)
+        assert err.getvalue() == ""
+        printed[folder] = out.getvalue()
+    assert printed["exercises"].startswith("Write ")
+    assert "run this cell again" in printed["exercises"]
+    # The course's own code gets the same numbers from the same scans.
+    wanted = {"metrics": r"accuracy 0\.8[89]\d, .*f1 0\.8[89]", "mlp": r"(3[789]\d) of 397 scans right"}[slug]
+    assert re.search(wanted, printed["solutions"]), printed["solutions"]
+    # A half-finished function gets a sentence, too.
+    broken = {"metrics": {"evaluate": lambda *_args, **_names: None}, "mlp": {"MLP": lambda _sizes: None}}
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(cells["use-it-digits"], dict(answers("solutions", slug)) | broken[slug])
+    assert out.getvalue().startswith("This does not work yet (AttributeError: ")
