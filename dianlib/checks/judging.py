@@ -174,7 +174,9 @@ def _constant_ratio(got: Tensor, expected: Tensor) -> str | None:
     ratio = float(ratios.mean())
     if abs(ratio) < 1e-6 or abs(ratio - 1) < 1e-3 or not torch.allclose(got, ratio * expected, 1e-3, 1e-5):
         return None
-    return f"1/{1 / ratio:.4g} of" if abs(ratio) < 1 else f"{ratio:.4g} times"
+    divisor = 1 / ratio
+    is_fraction = round(divisor) > 1 and math.isclose(divisor, round(divisor), rel_tol=1e-3)
+    return f"1/{round(divisor)} of" if is_fraction else f"{ratio:.4g} times"
 
 
 # ----- naming --------------------------------------------------------------------------------------------
