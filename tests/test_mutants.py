@@ -1,0 +1,178 @@
+"""Small random-looking changes of the solutions: the checks have to notice every one that matters.
+
+Cosmic Ray makes the mutants: it changes one operator, number, comparison, keyword or loop at a time. Two
+changes of our own are added: a statement left out, and a `with` block without its `with`. A mutant that gets
+full marks is a blind spot of the probes, unless it is no mistake at all; those stand in EQUIVALENT.
+"""
+
+import ast
+import multiprocessing
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import pytest
+import torch
+from assignment import answer_cells, define, items, read
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.plugins import get_operator, operator_names
+
+from dianlib.checks import grade
+from dianlib.checks.registry import CHAPTERS
+
+SEEDS = (0, 7)
+
+# Mutants that are right answers: the changed line, and why it changes no result.
+EQUIVALENT = {
+    "metrics.f1": {
+        "return 2 * hits / (called + there).clamp(min=2)": "a divisor of 1 has no hit above it",
+    },
+    "metrics.evaluate": {
+        "if True:": "without no_grad the counts are the same; only memory is lost",
+    },
+    "metrics.grade_this": {
+        "pass  # return True": "a test that returns nothing accepts, like one made of assert statements",
+    },
+    "metrics.read_a_table": {
+        'answers["weight"] = 64 // 16': "16 divides 64",
+    },
+    "mlp.relu": {
+        "return x * (x >= 0)": "0 times 1 is 0, and at 0 every slope from 0 to 1 is accepted",
+    },
+    "mlp.grade_this": {
+        "pass  # return True": "a test that returns nothing accepts, like one made of assert statements",
+        "if not torch.allclose(softmax(logits - shift), expected, atol=1e-3):": "a shift down serves, too",
+        "for shift in (1.0, 1000.0, torch.tensor([[0.0], [500.0]])):": "any small shift serves",
+        "for shift in (-1.0, 1000.0, torch.tensor([[0.0], [500.0]])):": "any small shift serves",
+        "for shift in (0.0, 1001.0, torch.tensor([[0.0], [500.0]])):": "any large shift serves",
+        "for shift in (0.0, 999.0, torch.tensor([[0.0], [500.0]])):": "any large shift serves",
+        "for shift in (0.0, 1000.0, torch.tensor([[1.0], [500.0]])):": "the rows are far apart all the same",
+        "for shift in (0.0, 1000.0, torch.tensor([[-1.0], [500.0]])):": "the rows are far apart all the same",
+        "for shift in (0.0, 1000.0, torch.tensor([[0.0], [501.0]])):": "the rows are far apart all the same",
+        "for shift in (0.0, 1000.0, torch.tensor([[0.0], [499.0]])):": "the rows are far apart all the same",
+    },
+    "mlp.read_logs": {
+        'answers["parameters"] = sum(n_in * n_out | n_out for n_in, n_out in pairwise(sizes))': (
+            "the two numbers share no binary digit, so `or` adds them"
+        ),
+        'answers["parameters"] = sum(n_in * n_out ^ n_out for n_in, n_out in pairwise(sizes))': (
+            "the two numbers share no binary digit, so `exclusive or` adds them"
+        ),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A changed answer cell: what was changed, the line as it is now, and how to run it."""
+
+    task: str
+    candidate: str
+    operator: str
+    line: str
+    sources: tuple[str, ...]  # all answer cells of the notebook, one of them changed
+
+
+def changed_line(before: str, after: str) -> str:
+    """Return the first line that differs, without the spaces that a change may leave behind."""
+    lines = zip(before.splitlines(), after.splitlines(), strict=True)
+    return next(squeezed(b) for a, b in lines if squeezed(a) != squeezed(b))
+
+
+def squeezed(line: str) -> str:
+    return line.replace(" ", "")
+
+
+def by_cosmic_ray(code: str) -> Iterator[tuple[str, str]]:
+    """Yield (operator, changed code) for every operator that needs no settings and every place for it."""
+    for name in operator_names():
+        operator = get_operator(name)
+        place = 0
+        while not operator.arguments() and (changed := mutate_code(code, operator(), place)) is not None:
+            yield name, changed
+            place += 1
+
+
+def by_leaving_out(code: str) -> Iterator[tuple[str, str]]:
+    """Yield the code without one statement, or with a `with` that does nothing."""
+    lines = code.splitlines()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.With):
+            first, last, instead = node.lineno, node.lineno, "if True:"
+        elif isinstance(node, ast.Expr | ast.Assign | ast.AugAssign | ast.Return):
+            first, last = node.lineno, node.end_lineno or node.lineno
+            instead = f"pass  # {lines[first - 1].strip()}"
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                continue  # a docstring
+        else:
+            continue
+        blank = [""] * (last - first)
+        yield (
+            "left out",
+            "\n".join([*lines[: first - 1], " " * node.col_offset + instead, *blank, *lines[last:]]),
+        )
+
+
+def mutants_of(code: str) -> Iterator[tuple[str, str]]:
+    """Yield each different mutant once; what is no valid Python is none."""
+    seen = {ast.dump(ast.parse(code))}
+    for operator, changed in [*by_cosmic_ray(code), *by_leaving_out(code)]:
+        try:
+            tree = ast.dump(ast.parse(changed))
+        except SyntaxError:
+            continue
+        if tree not in seen:
+            seen.add(tree)
+            yield operator, changed
+
+
+def all_mutants() -> Iterator[Mutant]:
+    for slug in CHAPTERS:
+        notebook = read("solutions", slug)
+        cells = answer_cells(notebook)
+        for item in items(notebook):
+            for operator, changed in mutants_of(item.answer.source):
+                sources = tuple(changed if cell is item.answer else cell.source for cell in cells)
+                line = changed_line(item.answer.source, changed)
+                yield Mutant(item.task, item.candidate, operator, line, sources)
+
+
+def survives(mutant: Mutant) -> bool:
+    """Tell whether a mutant gets full marks on every seed."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `x is 3` and the like
+            names = define(list(mutant.sources))
+    except Exception:
+        return False
+    return all(grade(mutant.task, names.get(mutant.candidate), seed).passed for seed in SEEDS)
+
+
+@pytest.fixture(scope="module")
+def graded() -> list[tuple[Mutant, bool]]:
+    """Every mutant of every solution, and whether it survived. Two processes share the work."""
+    mutants = list(all_mutants())
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return list(zip(mutants, pool.map(survives, mutants, chunksize=8), strict=True))
+
+
+def test_every_mutant_is_rejected_unless_it_is_right(graded: list[tuple[Mutant, bool]]) -> None:
+    survivors = [mutant for mutant, alive in graded if alive]
+    allowed = {(task, squeezed(line)) for task, lines in EQUIVALENT.items() for line in lines}
+    print(f"{len(graded)} mutants, {len(graded) - len(survivors)} rejected, {len(survivors)} right answers")
+    unexplained = [(m.task, m.operator, m.line) for m in survivors if (m.task, m.line) not in allowed]
+    assert unexplained == []
+
+
+def test_every_solution_has_mutants(graded: list[tuple[Mutant, bool]]) -> None:
+    mutated = {mutant.task for mutant, _ in graded}
+    assert mutated == {item.task for slug in CHAPTERS for item in items(read("solutions", slug))}
+    assert len(graded) > 1000
+
+
+def test_the_table_of_right_mutants_has_no_stale_line(graded: list[tuple[Mutant, bool]]) -> None:
+    alive = {(mutant.task, mutant.line) for mutant, survived in graded if survived}
+    listed = {(task, squeezed(line)) for task, lines in EQUIVALENT.items() for line in lines}
+    assert listed - alive == set()

@@ -1,0 +1,434 @@
+"""A course with nbgrader's plain commands: release, submissions, grades, feedback, table, formgrader."""
+
+import copy
+import csv
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import nbformat
+import pytest
+from assignment import ROOT, define, items, mark, read
+from bs4 import BeautifulSoup
+from nbformat import NotebookNode
+
+from dianlib.checks import grade, tasks
+from dianlib.checks.registry import CHAPTERS
+
+SCRIPTS = Path(sys.executable).parent
+ESSAY_POINTS = {
+    slug: sum(mark(c, "points") or 0 for c in read("solutions", slug).cells if c.cell_type == "markdown")
+    for slug in CHAPTERS
+}
+POINTS = {slug: sum(t.points for t in tasks().values() if t.chapter == slug) for slug in CHAPTERS}
+
+# One known mistake for each task: its id, and an answer that makes it.
+MISTAKES = {
+    "metrics.confusion_matrix": (
+        "metrics-precision-recall-swapped",
+        """
+def confusion_matrix(predictions, targets, n_classes):
+    cells = predictions * n_classes + targets
+    return torch.bincount(cells, minlength=n_classes**2).reshape(n_classes, n_classes)
+""",
+    ),
+    "metrics.accuracy": (
+        "metrics-percent",
+        """
+def accuracy(confusion):
+    return 100 * confusion.diagonal().sum().item() / confusion.sum().item()
+""",
+    ),
+    "metrics.precision": (
+        "metrics-precision-recall-swapped",
+        """
+def precision(confusion):
+    return confusion.diagonal() / confusion.sum(dim=1).clamp(min=1)
+""",
+    ),
+    "metrics.recall": (
+        "metrics-zero-division",
+        """
+def recall(confusion):
+    return confusion.diagonal() / confusion.sum(dim=1)
+""",
+    ),
+    "metrics.f1": (
+        "metrics-f1-other-mean",
+        """
+def f1(confusion):
+    hits = confusion.diagonal()
+    p, r = hits / confusion.sum(dim=0).clamp(min=1), hits / confusion.sum(dim=1).clamp(min=1)
+    return (p + r) / 2
+""",
+    ),
+    "metrics.macro_f1": (
+        "metrics-f1-of-macro-averages",
+        """
+def macro_f1(confusion):
+    hits = confusion.diagonal()
+    p = (hits / confusion.sum(dim=0).clamp(min=1)).mean().item()
+    r = (hits / confusion.sum(dim=1).clamp(min=1)).mean().item()
+    return 2 * p * r / (p + r)
+""",
+    ),
+    "metrics.evaluate": (
+        "metrics-len-loader-divisor",
+        """
+def evaluate(model, batches, n_classes):
+    model.eval()
+    shares, confusion = [], torch.zeros(n_classes, n_classes)
+    for inputs, targets in batches:
+        predictions = model(inputs).argmax(dim=1)
+        shares.append((predictions == targets).float().mean().item())
+        for t, p in zip(targets, predictions):
+            confusion[t, p] += 1
+    hits, called, there = confusion.diagonal(), confusion.sum(dim=0), confusion.sum(dim=1)
+    return {
+        "accuracy": sum(shares) / len(shares),
+        "precision": (hits / called.clamp(min=1)).mean().item(),
+        "recall": (hits / there.clamp(min=1)).mean().item(),
+        "f1": (2 * hits / (called + there).clamp(min=1)).mean().item(),
+    }
+""",
+    ),
+    "metrics.wilson_interval": (
+        "metrics-wald-interval",
+        """
+def wilson_interval(n_correct, n_total, z=1.96):
+    p = n_correct / n_total
+    half_width = z * math.sqrt(p * (1 - p) / n_total)
+    return p - half_width, p + half_width
+""",
+    ),
+    "metrics.grade_this": (
+        "test-of-the-range-only",
+        """
+def examine(macro_f1):
+    return 0 <= macro_f1(torch.tensor([[3, 1], [1, 5]])) <= 1
+""",
+    ),
+    "metrics.read_a_table": (
+        "table-claim-believed",
+        'answers = {"denominator": 10_000, "weight": 4, "lowest": 0.9822, "highest": 0.987}',
+    ),
+    "mlp.linear": (
+        "linear-bias-missing",
+        """
+def linear(x, weight, bias):
+    return x @ weight.T
+""",
+    ),
+    "mlp.relu": (
+        "relu-leaky",
+        """
+def relu(x):
+    return torch.where(x > 0, x, 0.01 * x)
+""",
+    ),
+    "mlp.softmax": (
+        "softmax-no-max-shift",
+        """
+def softmax(logits):
+    exponentials = logits.exp()
+    return exponentials / exponentials.sum(dim=1, keepdim=True)
+""",
+    ),
+    "mlp.cross_entropy": (
+        "ce-sign",
+        """
+def cross_entropy(logits, targets):
+    shifted = logits - logits.max(dim=1, keepdim=True).values
+    logarithms = shifted - shifted.exp().sum(dim=1, keepdim=True).log()
+    return logarithms[range(len(targets)), targets].mean()
+""",
+    ),
+    "mlp.cross_entropy_gradient": (
+        "ce-gradient-not-averaged",
+        """
+def cross_entropy_gradient(logits, targets):
+    exponentials = (logits - logits.max(dim=1, keepdim=True).values).exp()
+    gradient = exponentials / exponentials.sum(dim=1, keepdim=True)
+    gradient[range(len(targets)), targets] -= 1
+    return gradient
+""",
+    ),
+    "mlp.MLP": (
+        "net-relu-on-logits",
+        """
+class MLP(nn.Module):
+    def __init__(self, sizes):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return x
+""",
+    ),
+    "mlp.sgd_step": (
+        "sgd-uphill",
+        """
+def sgd_step(parameters, lr):
+    with torch.no_grad():
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter += lr * parameter.grad
+""",
+    ),
+    "mlp.train_epoch": (
+        "train-missing-zero-grad",
+        """
+def train_epoch(model, batches, optimizer, loss_fn):
+    model.train()
+    total, n_samples = 0.0, 0
+    for inputs, targets in batches:
+        loss = loss_fn(model(inputs), targets)
+        loss.backward()
+        optimizer.step()
+        total += loss.item() * len(inputs)
+        n_samples += len(inputs)
+    return total / n_samples
+""",
+    ),
+    "mlp.grade_this": (
+        "test-only-small-scores",
+        """
+def examine(softmax):
+    z = torch.tensor([[1.0, 2.0, 5.0], [3.0, 1.0, 4.0]])
+    return torch.allclose(softmax(z.log()), z / z.sum(dim=1, keepdim=True), atol=1e-4)
+""",
+    ),
+    "mlp.read_logs": (
+        "log-biases-forgotten",
+        """
+answers = {"constant answer": 0.1135, "nan on mnist": 0.098, "first loss": math.log(10)}
+answers |= {"floor for 100 classes": math.log(1 + 99 / math.e), "steps": 93_800, "parameters": 135_680}
+""",
+    ),
+}
+
+# Right for two classes that both occur, and for any number of them: the corner cases are missing.
+HALF_RIGHT = """
+def f1(confusion):
+    hits = confusion.diagonal()
+    p, r = hits / confusion.sum(dim=0), hits / confusion.sum(dim=1)
+    return 2 * p * r / (p + r)
+"""
+
+
+def submission(slug: str, changed: dict[str, str]) -> NotebookNode:
+    """Fill in a release as a student would: the solution's answers, or others for tasks in ``changed``."""
+    notebook = copy.deepcopy(read("exercises", slug))
+    solved = {cell.id: cell.source for cell in read("solutions", slug).cells}
+    for cell in notebook.cells:
+        if mark(cell, "solution"):
+            cell.source = solved[cell.id]
+    for item in items(notebook):
+        item.answer.source = changed.get(item.task, item.answer.source).strip()
+    return notebook
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A home without anybody's settings; nbgrader starts further programs, so its folder is on PATH."""
+    home = str(tmp_path_factory.mktemp("home"))
+    progress = str(Path(home, "progress.json"))
+    path = os.pathsep.join([str(SCRIPTS), os.environ["PATH"]])
+    return {**os.environ, "PATH": path, "HOME": home, "DIANLIB_PROGRESS": progress}
+
+
+@pytest.fixture(scope="session")
+def course(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Path:
+    """A course with its releases made, and all submissions graded and commented."""
+    folder = tmp_path_factory.mktemp("course")
+    shutil.copy(ROOT / "nbgrader_config.py", folder)
+    for slug in CHAPTERS:
+        (folder / "solutions" / slug).mkdir(parents=True)
+        shutil.copy(ROOT / "solutions" / slug / f"{slug}.ipynb", folder / "solutions" / slug)
+
+    def nbgrader(*arguments: str) -> None:
+        command = [str(SCRIPTS / "nbgrader"), *arguments]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    for slug in CHAPTERS:
+        nbgrader("generate_assignment", slug)
+        handed_in = {
+            "perfect": submission(slug, {}),
+            "blank": read("exercises", slug),
+            "mistaken": submission(slug, {task: source for task, (_, source) in MISTAKES.items()}),
+        }
+        if slug == "metrics":
+            handed_in["partial"] = submission(slug, {"metrics.f1": HALF_RIGHT})
+        for student, notebook in handed_in.items():
+            path = folder / "submitted" / student / slug / f"{slug}.ipynb"
+            path.parent.mkdir(parents=True)
+            nbformat.write(notebook, path)
+        nbgrader("autograde", slug)
+        nbgrader("generate_feedback", slug)
+    nbgrader("export")
+    return folder
+
+
+def scores(course: Path, student: str, slug: str) -> dict[str, float | None]:
+    """Return the points of a submission by task, as the gradebook has them."""
+    from nbgrader.api import Gradebook
+
+    with Gradebook(f"sqlite:///{course / 'gradebook.db'}") as gradebook:
+        notebook = gradebook.find_submission_notebook(slug, slug, student)
+        by_cell = {g.name: g.score if g.auto_score is not None else None for g in notebook.grades}
+    return {i.task: by_cell[mark(i.check, "grade_id")] for i in items(read("solutions", slug))}
+
+
+# ----- the release ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slug", CHAPTERS)
+def test_the_release_in_the_repository_is_what_nbgrader_makes(course: Path, slug: str) -> None:
+    made = nbformat.read(course / "exercises" / slug / f"{slug}.ipynb", as_version=4)
+    kept = read("exercises", slug)
+    advice = f"run `nbgrader generate_assignment {slug} --force` and commit exercises/{slug}"
+    assert made.metadata == kept.metadata, advice
+    assert [cell.id for cell in made.cells] == [cell.id for cell in kept.cells], advice
+    for new, old in zip(made.cells, kept.cells, strict=True):
+        assert (new.cell_type, new.source, new.metadata) == (old.cell_type, old.source, old.metadata), advice
+    assert [path.name for path in (course / "exercises" / slug).iterdir()] == [f"{slug}.ipynb"]
+
+
+def test_nbgrader_validates_the_solutions(course: Path, environment: dict[str, str]) -> None:
+    command = [
+        str(SCRIPTS / "nbgrader"),
+        "validate",
+        *(f"solutions/{slug}/{slug}.ipynb" for slug in CHAPTERS),
+    ]
+    done = subprocess.run(command, cwd=course, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["Success! Your notebook passes all the tests."] * len(CHAPTERS)
+
+
+# ----- grades --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slug", CHAPTERS)
+def test_perfect_gets_everything_and_blank_nothing(course: Path, slug: str) -> None:
+    full = {item.task: float(tasks()[item.task].points) for item in items(read("solutions", slug))}
+    assert scores(course, "perfect", slug) == full
+    assert scores(course, "blank", slug) == dict.fromkeys(full, 0.0)
+
+
+def test_half_an_answer_gets_part_of_its_points(course: Path) -> None:
+    item = next(i for i in items(read("solutions", "metrics")) if i.task == "metrics.f1")
+    candidate = define(["import torch", HALF_RIGHT])["f1"]
+    expected = grade(item.task, candidate, item.seed or 0)
+    assert 0 < expected.points < expected.max_points
+    found = scores(course, "partial", "metrics")
+    assert found["metrics.f1"] == expected.points
+    # The answers that build on f1 lose their corner cases as well, and nothing else is lost.
+    lost = {task for task, score in found.items() if score != tasks()[task].points}
+    assert lost == {"metrics.f1", "metrics.macro_f1", "metrics.evaluate"}
+
+
+@pytest.mark.parametrize("slug", CHAPTERS)
+def test_every_mistake_costs_points_and_the_feedback_names_it(course: Path, slug: str) -> None:
+    found = scores(course, "mistaken", slug)
+    page = BeautifulSoup(
+        (course / "feedback" / "mistaken" / slug / f"{slug}.html").read_text(), "html.parser"
+    ).get_text()
+    for task in found:
+        mistake, _ = MISTAKES[task]
+        assert mistake in tasks()[task].faults
+        assert 0 <= (found[task] or 0) < tasks()[task].points, task
+        reports = re.findall(
+            rf"^{re.escape(task)}: not right yet.*?^-?\d+(?:\.\d+)?$", page, re.MULTILINE | re.DOTALL
+        )
+        named = set(re.findall(r"^  \[([\w-]+)\]", "\n".join(reports), re.MULTILINE))
+        assert named == {mistake}, (task, named)
+
+
+def test_a_graders_run_leaves_the_graders_own_progress_alone(
+    course: Path, environment: dict[str, str]
+) -> None:
+    assert (course / "gradebook.db").is_file()
+    assert not Path(environment["DIANLIB_PROGRESS"]).exists()
+
+
+def test_the_exported_table_has_the_right_totals(course: Path) -> None:
+    with (course / "grades.csv").open() as table:
+        rows = {(row["student_id"], row["assignment"]): row for row in csv.DictReader(table)}
+    for slug in CHAPTERS:
+        for student in ("perfect", "blank", "mistaken", "partial"):
+            row = rows[student, slug]
+            assert float(row["max_score"]) == POINTS[slug] + ESSAY_POINTS[slug]
+            if (student, slug) == ("partial", "mlp"):  # not handed in
+                assert float(row["score"]) == 0
+                continue
+            score = float(row["score"])
+            assert score == pytest.approx(sum(scores(course, student, slug).values()))
+            if student in ("perfect", "blank"):
+                assert score == (POINTS[slug] if student == "perfect" else 0)
+            else:
+                assert 0 < score < POINTS[slug]
+
+
+def test_an_essay_waits_for_a_person_unless_it_is_blank(course: Path) -> None:
+    from nbgrader.api import Gradebook
+
+    with Gradebook(f"sqlite:///{course / 'gradebook.db'}") as gradebook:
+        waiting = {
+            student: gradebook.find_submission_notebook("mlp", "mlp", student).needs_manual_grade
+            for student in ("perfect", "blank")
+        }
+    assert waiting == {"perfect": True, "blank": False}
+
+
+# ----- formgrader ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(course: Path, environment: dict[str, str]) -> Iterator[Callable[[str], bytes]]:
+    """Start a Jupyter server in the course; yield a function that fetches one of its pages."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def fetch(path: str) -> bytes:
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/{path}")
+        request.add_header("Authorization", "token open")
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            assert answer.status == 200
+            return bytes(answer.read())
+
+    command = [str(SCRIPTS / "jupyter"), "server", "--ip=127.0.0.1", f"--port={port}", "--port-retries=0"]
+    command += ["--no-browser", "--allow-root", "--IdentityProvider.token=open"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, cwd=course, env=environment, **quiet) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while True:
+                assert process.poll() is None, "the server ended"
+                try:
+                    fetch("api")
+                    break
+                except (urllib.error.URLError, ConnectionError, TimeoutError):
+                    assert time.monotonic() < deadline, "the server does not answer"
+                    time.sleep(0.1)
+            yield fetch
+        finally:
+            process.kill()
+
+
+def test_formgrader_opens(server: Callable[[str], bytes]) -> None:
+    page = BeautifulSoup(server("formgrader"), "html.parser")
+    assert "Manage Assignments" in page.get_text(" ")
+    listed = {row["name"]: row["max_score"] for row in json.loads(server("formgrader/api/assignments"))}
+    assert listed == {slug: POINTS[slug] + ESSAY_POINTS[slug] for slug in CHAPTERS}
