@@ -1636,6 +1636,14 @@ READ_LOGS = Task(
             reread=NUMBERS,
         ),
         _known_answer(
+            "floor for 100 classes",
+            math.log(1 + 100 / math.e),
+            fault_id="log-floor-class-counted-twice",
+            does="You divide by e + 100: the true class is counted twice, once with e and once with 1.",
+            todo="Only the 99 other classes have e^0 = 1: divide by e + 99.",
+            reread=NUMBERS,
+        ),
+        _known_answer(
             "first loss",
             math.log2(10),
             fault_id="ce-log-base",
@@ -1649,6 +1657,14 @@ READ_LOGS = Task(
             fault_id="log-last-batch-forgotten",
             does="You left out the last batch of 32 images in each epoch.",
             todo="Round 60,000 / 64 up: the short batch is a step, too.",
+            reread=LOOP,
+        ),
+        _known_answer(
+            "steps",
+            93_750,
+            fault_id="log-last-batch-forgotten",
+            does="You counted the last batch of each epoch, 32 images, as half a step.",
+            todo="Round 60,000 / 64 up: the short batch is a whole step.",
             reread=LOOP,
         ),
         _known_answer(

@@ -9,6 +9,7 @@ import contextvars
 import ctypes
 import io
 import math
+import numbers
 import sys
 import threading
 import traceback
@@ -108,6 +109,7 @@ class Outcome:
     changed: tuple[str, ...] = ()  # arguments that the call changed in place
     detached: bool = False  # a gradient was wanted and the result has none
     used: tuple[str, ...] = ()  # forbidden functions that were called
+    random: bool = False  # torch's random numbers were drawn while it ran
 
 
 @dataclass(frozen=True)
@@ -165,26 +167,36 @@ def _leaves(value: Any, name: str) -> dict[str, Any]:
     match value:
         case None:
             return {}
-        case Tensor() if value.layout == torch.strided:
+        case Tensor() if _is_plain(value):
             return {name: value.detach().as_subclass(Tensor).clone()}
+        case Tensor():
+            return {name: Foreign(f"a tensor of shape {tuple(value.shape)} that cannot be compared")}
         case int() if abs(value) > 2**63:  # longer than a float, or a line of a report, can hold
-            return {name: math.copysign(math.inf, value)}
-        case bool() | int() | float():
+            return {name: math.inf if value > 0 else -math.inf}
+        case bool() | int():
             return {name: value}
+        case numbers.Real() if type(value).__module__ in ("builtins", "fractions", "numpy"):
+            return {name: float(value)}
         case tuple() | list():
             found = {f"{name} (number of parts)": len(value)}
             for index, part in enumerate(value[:100]):
                 found |= _leaves(part, f"{name}[{index}]")
             return found
         case dict():
-            found = {f"{name} (number of parts)": len(value)}
+            found = {}  # further keys than the wanted ones do no harm
             for key, part in list(value.items())[:100]:
                 found |= _leaves(part, f"{name}[{key!r}]")
-            return found
+            return found or {name: Foreign("dict")}
         case _ if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
             return {name: value.item()}
         case _:
             return {name: Foreign(type(value).__name__)}
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Tell whether a tensor is an ordinary one of a size that is worth comparing."""
+    unusual = tensor.is_meta or tensor.is_quantized or tensor.is_nested or tensor.layout != torch.strided
+    return not unusual and tensor.numel() <= 1_000_000
 
 
 def _after(name: str, made: Any) -> dict[str, Any]:
@@ -199,11 +211,11 @@ def _after(name: str, made: Any) -> dict[str, Any]:
 def _load_by_shape(module: nn.Module, state: tuple[Tensor, ...]) -> None:
     """Give the module's parameters the wanted values: each tensor goes to the next parameter of its shape.
 
-    A matrix may also be stored transposed, for a layer that computes x @ W.
+    A matrix may also be stored transposed, for a layer that computes x @ W, and a vector as a row.
     """
     free = list(module.parameters())
     for wanted in state:
-        for value in (wanted, wanted.T) if wanted.dim() == 2 else (wanted,):
+        for value in (wanted, wanted.T) if wanted.dim() == 2 else (wanted, wanted.reshape(1, -1)):
             target = next((parameter for parameter in free if parameter.shape == value.shape), None)
             if target is not None:
                 with torch.no_grad():
@@ -235,7 +247,8 @@ class _TorchWatch(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        name = getattr(func, "__name__", "").lstrip("_")
+        # torch.special.softmax is called special_softmax, torch.ops.aten.linear is called linear.default.
+        name = getattr(func, "__name__", "").lstrip("_").removeprefix("special_").partition(".")[0]
         if name in self.forbidden:
             self.note(f"torch's {name}")
         return func(*args, **(kwargs or {}))
@@ -277,34 +290,53 @@ def _watch(forbidden: frozenset[str]) -> Iterator[list[str]]:
 # ----- the run ---------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def _usual_surroundings() -> Iterator[None]:
+    """Keep torch's random numbers, its default dtype and the warning filters as they were before."""
+    dtype = torch.get_default_dtype()
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+
+
 def run(candidate: Any, probe: Probe, forbidden: frozenset[str] = frozenset()) -> Outcome:
     """Call a candidate once on one probe, in this thread, and return what it did. Never raises."""
+    with _usual_surroundings():
+        return _run(candidate, probe, forbidden)
+
+
+def _run(candidate: Any, probe: Probe, forbidden: frozenset[str]) -> Outcome:
     outcome = Outcome()
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(0)
-        try:
+    torch.manual_seed(0)
+    try:
+        with torch.enable_grad():
             made: dict[str, Any] = {}
             for name, spec in probe.args.items():
                 made[name] = make(spec, made)
             _call(candidate, probe, made, outcome, forbidden)
-        except TimeLimit:
-            outcome.error = "TimeLimit"
-        except (SystemExit, KeyboardInterrupt, Exception) as error:
-            outcome.error = type(error).__name__
-            outcome.error_text = _describe(error)
-    if probe.verdict and outcome.error != "NotImplementedError":  # the stub gives no verdict
-        values = {"result": _accepts(outcome)}
-        return Outcome(values, error_text=outcome.error_text, used=outcome.used)
+    except TimeLimit:
+        outcome.error = "TimeLimit"
+    except BaseException as error:  # whatever a candidate raises is a result, not our failure
+        outcome.error = type(error).__name__
+        outcome.error_text = _describe(error)
+    if probe.verdict and outcome.error not in ("NotImplementedError", "TimeLimit"):
+        return _verdict(outcome)
     return outcome
 
 
-def _accepts(outcome: Outcome) -> bool:
+def _verdict(outcome: Outcome) -> Outcome:
     """Read a verdict: a candidate rejects by raising, or by returning False; returning nothing accepts."""
     answer = outcome.values.get("result", True)
-    if isinstance(answer, Tensor):
-        return not outcome.error and bool(answer.bool().all())
-    return not outcome.error and answer is not False and answer != 0
+    if isinstance(answer, Tensor) and answer.numel() == 1:
+        answer = bool(answer)
+    neither_yes_nor_no = not isinstance(answer, bool | int | float)
+    if not outcome.error and neither_yes_nor_no:
+        return outcome
+    return Outcome({"result": not outcome.error and bool(answer)}, error_text=outcome.error_text)
 
 
 def _call(
@@ -315,12 +347,15 @@ def _call(
         with _watch(forbidden) as used:
             call = candidate if probe.build is None else candidate(*probe.build)
         if probe.build is not None:
+            if not isinstance(call, nn.Module):
+                raise TypeError(f"this must be an nn.Module, but building it gave a {type(call).__name__}")
             outcome.values["number of parameters"] = sum(p.numel() for p in call.parameters())
             _load_by_shape(call, probe.state)
         for name in probe.gradients:
             if name != "parameters":
                 made[name].requires_grad_(True)
         before = {name: value.detach().clone() for name, value in made.items() if isinstance(value, Tensor)}
+        state = torch.get_rng_state()
         for number in range(probe.calls):
             # model.parameters() is a generator in real life, so it is one here.
             objects = [
@@ -331,6 +366,7 @@ def _call(
                 result = call(*objects)
             used += used_now
             outcome.values |= _leaves(result, "result" if number == 0 else f"result of call {number + 1}")
+        outcome.random = not torch.equal(torch.get_rng_state(), state)
     finally:
         outcome.used = tuple(dict.fromkeys(used))
     outcome.changed = tuple(
@@ -364,13 +400,18 @@ def _differentiate(call: Any, result: Any, probe: Probe, made: dict[str, Any], o
 
 
 def _describe(error: BaseException) -> str:
-    """Say what was raised and on which line of the candidate's own code."""
-    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    """Say briefly what was raised and on which line of the candidate's own code."""
+    try:
+        text = f"{type(error).__name__}: {error}".removesuffix(": ")
+    except Exception:  # an exception may even fail to print itself
+        text = type(error).__name__
+    if len(text) > 300:
+        text = text[:300] + " ..."
     own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
     # The deepest line that is not inside an installed package is the one the learner can change.
     lines = [f for f in own if "site-packages" not in f.filename] or own
     if lines and lines[-1].line:
-        text += f'\n    in the line "{lines[-1].line.strip()}"'
+        text += f'\n    in the line "{lines[-1].line.strip()[:200]}"'
     return text
 
 
@@ -395,21 +436,24 @@ def run_all(
 
 
 def _run_within(limit: float, candidate: Any, probe: Probe, forbidden: frozenset[str]) -> Outcome:
-    """Run in a thread and stop waiting after ``limit`` seconds; what it prints to stderr is dropped."""
+    """Run in a thread and stop waiting after ``limit`` seconds; what it prints to stderr is dropped.
+
+    A thread cannot be ended from outside while it waits inside C, or when it catches everything; then it
+    is left behind.
+    """
     found: list[Outcome] = []
     context = contextvars.copy_context()
     thread = threading.Thread(
-        target=lambda: found.append(context.run(run, candidate, probe, forbidden)), daemon=True
+        target=lambda: found.append(context.run(_run, candidate, probe, forbidden)), daemon=True
     )
     # nbgrader gives 0 points to a cell with any text on stderr, a warning included.
-    with contextlib.redirect_stderr(io.StringIO()):
+    with _usual_surroundings(), contextlib.redirect_stderr(io.StringIO()):
         thread.start()
         thread.join(limit)
         if thread.is_alive() and thread.ident is not None:
-            # Python raises this in the thread at its next bytecode; code that waits inside C stays behind.
+            # Python raises this in the thread at its next bytecode.
             ctypes.pythonapi.PyThreadState_SetAsyncExc(
                 ctypes.c_ulong(thread.ident), ctypes.py_object(TimeLimit)
             )
             thread.join(0.5)
-    finished_in_time = found and found[0].error != "TimeLimit"
-    return found[0] if finished_in_time else Outcome(error="TimeLimit")
+    return found[0] if found else Outcome(error="TimeLimit")
