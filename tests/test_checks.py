@@ -77,7 +77,7 @@ def test_two_independent_mistakes_are_both_named() -> None:
 
     report = grade("metrics.evaluate", evaluate)
     assert set(report.diagnosis) == {"metrics-macro-over-minibatches", "metrics-len-loader-divisor"}
-    assert "Two mistakes together" in report.message
+    assert "These mistakes together" in report.message
 
 
 # ----- shortcuts -----------------------------------------------------------------------------------------

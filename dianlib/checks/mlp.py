@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dianlib import mlp, training
+from dianlib.checks.kinds import answer_probes, specimen_probes, verdict_faults, wrong_answer
 from dianlib.checks.running import Batches, Loss, Momentum, Net, Outcome, Parameters, Probe
-from dianlib.checks.task import Fault, Task, answer_probes, specimen_probes, wrong_answer
+from dianlib.checks.task import Fault, Task
 
 LAYER = "mlp: What does one layer compute?"
 BEND = "mlp: Why is a network without a bend one layer?"
@@ -25,9 +26,17 @@ WRONG = "mlp: Tempting, but wrong"
 CASE = "mlp: The case, solved"
 
 _DETACHED = (
-    "The numbers are right, but no gradient reaches the input: the result has left autograd.",
+    "No gradient reaches the input: the result has left autograd.",
     "Stay with torch operations on tensors; avoid .detach(), .data, .item(), .numpy() and torch.tensor(...) on the way.",
 )
+
+
+def _without_gradient(probe: Probe, got: Outcome, wanted: Outcome) -> bool:
+    """Recognise a right result from which some gradient is missing."""
+    result, right = got.values.get("result"), wanted.values["result"]
+    if not isinstance(result, Tensor) or result.shape != right.shape or result.is_complex():
+        return False
+    return got.detached and torch.allclose(result.double(), right.double(), 1e-4, 1e-5)
 
 
 def _randn(generator: torch.Generator, *shape: int) -> Tensor:
@@ -71,6 +80,10 @@ def _linear_twin(
         result = result + bias.unsqueeze(1)
     elif added == "first bias":
         result = result + bias[0]
+    elif added == "sum of the biases":
+        result = result + bias.sum()
+    elif added == "mean of the biases":
+        result = result + bias.mean()
     return result.detach() if cut else result
 
 
@@ -94,7 +107,7 @@ LINEAR = Task(
     reference=mlp.linear,
     probes=_linear_probes,
     twin=_linear_twin,
-    forbidden=frozenset({"linear", "bilinear"}),
+    forbidden=frozenset({"linear", "bilinear", "conv1d", "scaled_dot_product_attention"}),
     variants=[_linear_by_einsum, _linear_by_loops, _linear_by_addmm],
     hints=(
         "x has shape (B, n_in) and weight has shape (n_out, n_in). Which of the two must be turned for a matrix product?",
@@ -121,9 +134,15 @@ LINEAR = Task(
             "The bias is added in the wrong way: subtracted, spread over the samples, or only its first number.",
             "Add the vector bias to every row: output j of every sample gets bias j.",
             LAYER,
-            settings=[{"added": "minus bias"}, {"added": "bias for each sample"}, {"added": "first bias"}],
+            settings=[
+                {"added": "minus bias"},
+                {"added": "bias for each sample"},
+                {"added": "first bias"},
+                {"added": "sum of the biases"},
+                {"added": "mean of the biases"},
+            ],
         ),
-        Fault("backward-detached", *_DETACHED, WRONG, settings=[{"cut": True}]),
+        Fault("backward-detached", *_DETACHED, WRONG, settings=[{"cut": True}], sign=_without_gradient),
     ],
 )
 
@@ -153,6 +172,7 @@ _RELU_FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "identity": lambda x: x * 1.0,
     "leaky 0.01": lambda x: torch.where(x > 0, x, 0.01 * x),
+    "leaky 0.2": lambda x: torch.where(x > 0, x, 0.2 * x),
     "leaky 0.1": lambda x: torch.where(x > 0, x, 0.1 * x),
     "abs": torch.abs,
     "capped at 6": lambda x: x.clamp(0, 6),
@@ -161,6 +181,8 @@ _RELU_FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "step": lambda x: (x > 0).to(x.dtype) + 0.0 * x,
     "softplus": lambda x: nn.functional.softplus(x),
     "gelu": lambda x: nn.functional.gelu(x),
+    "elu": lambda x: nn.functional.elu(x),
+    "silu": lambda x: nn.functional.silu(x),
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
 }
@@ -206,7 +228,9 @@ RELU = Task(
     probes=_relu_probes,
     twin=_relu_twin,
     accepts=[lambda x: x.clamp(min=0.0), lambda x: torch.maximum(x, torch.zeros_like(x))],
-    forbidden=frozenset({"relu", "leaky_relu", "relu6", "hardtanh", "threshold", "prelu", "rrelu"}),
+    forbidden=frozenset(
+        {"relu", "leaky_relu", "relu6", "hardtanh", "threshold", "prelu", "rrelu", "elu", "celu", "selu"}
+    ),
     variants=[_relu_by_clamp, _relu_by_maximum, _relu_by_where, _relu_by_absolute_value, _relu_on_a_copy],
     hints=(
         "What should come out for -3, for 0 and for 3?",
@@ -226,7 +250,7 @@ RELU = Task(
             "Negative numbers become small negative numbers instead of 0 (a leaky ReLU).",
             "Return exactly 0 for negative numbers.",
             BEND,
-            settings=[{"form": "leaky 0.01"}, {"form": "leaky 0.1"}],
+            settings=[{"form": "leaky 0.01"}, {"form": "leaky 0.1"}, {"form": "leaky 0.2"}],
         ),
         Fault(
             "relu-absolute-value",
@@ -254,14 +278,14 @@ RELU = Task(
             "You return 1 for positive numbers (a step), so their size is lost.",
             "Return x itself where it is positive, for example x * (x > 0).",
             BEND,
-            settings=[{"form": "step"}],
+            settings=[{"form": "step"}, {"form": "step", "cut": True}],
         ),
         Fault(
             "relu-other-activation",
-            "This is another activation function (softplus, GELU, sigmoid or tanh).",
+            "This is another activation function (softplus, GELU, ELU, SiLU, sigmoid or tanh).",
             "ReLU is max(x, 0), element by element.",
             BEND,
-            settings=[{"form": form} for form in ("softplus", "gelu", "sigmoid", "tanh")],
+            settings=[{"form": form} for form in ("softplus", "gelu", "elu", "silu", "sigmoid", "tanh")],
         ),
         Fault(
             "relu-in-place",
@@ -269,8 +293,9 @@ RELU = Task(
             "Make a new tensor, for example with torch.where or x * (x > 0).",
             BEND,
             implementations=[_relu_in_place],
+            sign=lambda probe, got, wanted: "x" in got.changed,
         ),
-        Fault("backward-detached", *_DETACHED, WRONG, settings=[{"cut": True}]),
+        Fault("backward-detached", *_DETACHED, WRONG, settings=[{"cut": True}], sign=_without_gradient),
     ],
 )
 
@@ -279,8 +304,8 @@ RELU = Task(
 
 
 def _softmax_probes(generator: torch.Generator) -> list[Probe]:
-    def probe(name: str, logits: Tensor, core: bool = False) -> Probe:
-        return Probe(name, {"logits": logits}, gradients=("logits",), core=core)
+    def probe(name: str, logits: Tensor, core: bool = False, gradient: bool = True) -> Probe:
+        return Probe(name, {"logits": logits}, gradients=("logits",) if gradient else (), core=core)
 
     small = (_randn(generator, 2, 3) * 4).round() / 2
     small[:, 0] += torch.tensor([0.0, 3.0])  # the rows differ, also by a shift
@@ -290,7 +315,11 @@ def _softmax_probes(generator: torch.Generator) -> list[Probe]:
             "six rows of five scores", _randn(generator, 6, 5) * 2 + torch.arange(6.0).unsqueeze(1), core=True
         ),
         probe("as many rows as columns", _randn(generator, 4, 4)),
-        probe("scores around 200", _randn(generator, 3, 4) + 200),
+        # Above 709 exp overflows in float64, too. So far from 0 float32 is coarse, so no gradient is asked for.
+        probe("scores around 1,000", _randn(generator, 3, 4) + 1000, gradient=False),
+        probe(
+            "scores from -400 to 400", _randn(generator, 3, 5) + torch.linspace(-400, 400, 5), gradient=False
+        ),
         probe(
             "one row around 0 and one around 300", _randn(generator, 2, 4) + torch.tensor([[0.0], [300.0]])
         ),
@@ -316,6 +345,12 @@ def _softmax_twin(
             result = result - result.max(-1, keepdim=True).values
         elif shift == "largest of all":
             result = result - result.max()
+        elif shift == "row minimum":
+            result = result - result.min(-1, keepdim=True).values
+        elif shift == "row mean":
+            result = result - result.mean(-1, keepdim=True)
+        elif shift == "none, in float64":
+            result = result.double()
         exponentials = (
             2**result if base == "2" else torch.sigmoid(result) if base == "sigmoid" else result.exp()
         )
@@ -377,7 +412,7 @@ SOFTMAX_TASK = Task(
     reference=mlp.softmax,
     probes=_softmax_probes,
     twin=_softmax_twin,
-    forbidden=frozenset({"softmax", "log_softmax", "softmin"}),
+    forbidden=frozenset({"softmax", "log_softmax", "softmin", "scaled_dot_product_attention"}),
     properties=[_row_sums],
     variants=[_softmax_by_log_sum_exp, _softmax_by_rows, _softmax_with_detached_shift, _softmax_in_float64],
     hints=(
@@ -392,7 +427,14 @@ SOFTMAX_TASK = Task(
             "exp overflows for scores above 88 in float32: infinity divided by infinity is NaN.",
             "Subtract the maximum of each row first; the result does not change.",
             SOFTMAX,
-            settings=[{"shift": "none"}],
+            settings=[{"shift": "none"}, {"shift": "none, in float64"}],
+        ),
+        Fault(
+            "softmax-wrong-shift",
+            "You subtract the minimum or the mean of each row; exp still overflows when a row is wide.",
+            "Subtract the maximum: then the largest exponent is 0.",
+            SOFTMAX,
+            settings=[{"shift": "row minimum"}, {"shift": "row mean"}],
         ),
         Fault(
             "softmax-global-max-shift",
@@ -429,7 +471,7 @@ SOFTMAX_TASK = Task(
             SOFTMAX,
             settings=[{"base": "2"}, {"base": "sigmoid"}],
         ),
-        Fault("backward-detached", *_DETACHED, WRONG, settings=[{"cut": True}]),
+        Fault("backward-detached", *_DETACHED, WRONG, settings=[{"cut": True}], sign=_without_gradient),
     ],
 )
 
@@ -450,14 +492,14 @@ def _entropy_probes(generator: torch.Generator, gradients: bool = True) -> list[
     large[0, 0] = 9.0  # above the ceiling of a ReLU6
     targets = torch.randint(5, (8,), generator=generator).tolist()
     far = _randn(generator, 3, 4)
-    far[torch.arange(3), torch.tensor([1, 2, 3])] += 200
+    far[torch.arange(3), torch.tensor([1, 2, 3])] += 800
     return [
         probe("two samples, three classes", small, [2, 0], core=True),
         probe("eight samples, five classes", large, targets, core=True),
         probe("as many samples as classes", _randn(generator, 4, 4) * 2, [1, 3, 0, 3]),
-        # The surprise is about 200 here: softmax gives 0 in float32, and the log of 0 is minus infinity.
+        # The surprise is about 800 here: softmax gives 0, in float64 too, and the log of 0 is minus infinity.
         probe("confident and wrong", far, [0, 0, 0], gradient=False),
-        probe("scores around 200", _randn(generator, 3, 4) + 200, [3, 1, 1]),
+        probe("scores around 1,000", _randn(generator, 3, 4) + 1000, [3, 1, 1], gradient=False),
     ]
 
 
@@ -488,6 +530,10 @@ def _entropy_twin(
         logarithms = (exponentials / exponentials.sum(-1, keepdim=True)).log()
     elif shift == "softmax, then log":
         logarithms = mlp.softmax(scores_used).log()
+    elif shift == "none, log of the sum":
+        logarithms = scores_used - scores_used.exp().sum(-1, keepdim=True).log()
+    elif shift == "none, in float64":
+        logarithms = scores_used - scores_used.double().exp().sum(-1, keepdim=True).log()
     else:
         shifted = scores_used - scores_used.max(-1, keepdim=True).values
         logarithms = shifted - shifted.exp().sum(-1, keepdim=True).log()
@@ -528,7 +574,7 @@ def _linear_in_logits(form: str) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _capped_by_epsilon(probe: Probe, got: Outcome, wanted: Outcome) -> bool:
-    """A loss that stops at -ln(epsilon) where it should be about 200, and is otherwise right there."""
+    """A loss that stops at -ln(epsilon) where it should be about 800, and is otherwise right there."""
     value = got.values.get("result")
     if probe.name != "confident and wrong" or not isinstance(value, Tensor) or value.dim() != 0:
         return False
@@ -629,7 +675,12 @@ CROSS_ENTROPY = Task(
             "exp overflows for scores above 88, or the log of a probability that rounds to 0 gives infinity.",
             "Use log softmax in one step: z - max z - log(sum of exp(z - max z)).",
             SOFTMAX,
-            settings=[{"shift": "none"}, {"shift": "softmax, then log"}],
+            settings=[
+                {"shift": "none"},
+                {"shift": "softmax, then log"},
+                {"shift": "none, log of the sum"},
+                {"shift": "none, in float64"},
+            ],
         ),
         Fault(
             "softmax-wrong-axis",
@@ -659,7 +710,7 @@ CROSS_ENTROPY = Task(
             ENTROPY,
             settings=[{"reduction": "none"}],
         ),
-        Fault("backward-detached", *_DETACHED, WRONG, settings=[{"cut": True}]),
+        Fault("backward-detached", *_DETACHED, WRONG, settings=[{"cut": True}], sign=_without_gradient),
     ],
 )
 
@@ -680,6 +731,7 @@ def _entropy_gradient_twin(
     p = {
         "softmax": lambda: mlp.softmax(logits),
         "no shift": lambda: logits.exp() / logits.exp().sum(-1, keepdim=True),
+        "no shift, in float64": lambda: logits.double().exp() / logits.double().exp().sum(-1, keepdim=True),
         "over samples": lambda: mlp.softmax(logits.T).T,
         "twice": lambda: mlp.softmax(mlp.softmax(logits)),
         "logits": lambda: logits,
@@ -775,7 +827,7 @@ GRADIENT_TASK = Task(
             "exp overflows for scores above 88: infinity divided by infinity is NaN.",
             "Subtract the maximum of each row before exp.",
             SOFTMAX,
-            settings=[{"probabilities": "no shift"}],
+            settings=[{"probabilities": "no shift"}, {"probabilities": "no shift, in float64"}],
         ),
         Fault(
             "softmax-wrong-axis",
@@ -910,7 +962,8 @@ SGD_STEP = Task(
         ),
         Fault(
             "sgd-not-in-place",
-            "Nothing changes: `p = p - lr * p.grad` makes a new tensor and gives it the name p, the network keeps the old one.",
+            "No parameter changes. `p = p - lr * p.grad`, for example, makes a new tensor and gives it the name p, "
+            "while the network keeps the old one; and a generator of parameters is empty after one loop over it.",
             "Change the tensor itself: p -= lr * p.grad, inside torch.no_grad().",
             STEP,
             settings=[{"effect": "none"}],
@@ -1045,13 +1098,16 @@ class _FaultyMLP(nn.Module):
 def _lost_layers(probe: Probe, got: Outcome, wanted: Outcome) -> bool:
     first, second = got.values.get("result"), got.values.get("result of call 2")
     unstable = isinstance(first, Tensor) and isinstance(second, Tensor) and not torch.equal(first, second)
-    return got.values.get("number of parameters") == 0 or unstable
+    count = got.values.get("number of parameters")
+    return count == 0 or (unstable and count != wanted.values["number of parameters"])
 
 
 def _superposition(probe: Probe, got: Outcome, wanted: Outcome) -> str:
     count, right = got.values.get("number of parameters"), wanted.values["number of parameters"]
     if count != right:
         return f"parameters() finds {count} numbers; this network has {right}."
+    if got.random:
+        return "Two calls with the same input give different results. Is there a Dropout in forward?"
     return ""
 
 
@@ -1178,9 +1234,10 @@ MLP_TASK = Task(
         Fault(
             "backward-detached",
             "The numbers are right, but no gradient reaches the first layers: the hidden values leave autograd on the way.",
-            "Avoid .detach(), .data, .numpy() and torch.tensor(...) inside forward.",
+            "Avoid torch.no_grad(), .detach(), .data, .numpy() and torch.tensor(...) inside forward.",
             WRONG,
             settings=[{"cut": True}],
+            sign=_without_gradient,
         ),
     ],
 )
@@ -1236,16 +1293,19 @@ def _epoch_twin(
         optimizer = torch.optim.SGD(model.parameters(), lr=group["lr"])
     losses: list[float] = []
     sizes: list[int] = []
+    if order == "zero once before":
+        optimizer.zero_grad()
     for inputs, targets in batches:
         logits = model(inputs)
         logits = logits.softmax(-1) if outputs == "softmax" else logits
-        own = nn.functional.cross_entropy if targets.dim() == 1 else nn.functional.l1_loss
-        loss = own(logits, targets) if loss_from == "own" else loss_fn(logits, targets)
+        classes = targets.dim() == 1 or loss_from == "cross-entropy"
+        own = nn.functional.cross_entropy if classes else nn.functional.l1_loss
+        loss = own(logits, targets) if loss_from != "loss_fn" else loss_fn(logits, targets)
         if order == "zero, backward, step":
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        elif order == "backward, step":
+        elif order in ("backward, step", "zero once before", "zero once after"):
             loss.backward()
             optimizer.step()
         elif order == "backward, zero, step":
@@ -1263,6 +1323,8 @@ def _epoch_twin(
         sizes.append(len(inputs))
         if used == "first batch only":
             break
+    if order == "zero once after":
+        optimizer.zero_grad()
     total = sum(loss * size for loss, size in zip(losses, sizes, strict=True))
     return {
         "mean over samples": total / sum(sizes),
@@ -1271,6 +1333,7 @@ def _epoch_twin(
         "sum over batches": sum(losses),
         "sum over samples": total,
         "sum of means over samples": sum(losses) / sum(sizes),
+        "sum over samples by batches": total / len(losses),
     }[returned]
 
 
@@ -1325,12 +1388,16 @@ TRAIN_EPOCH = Task(
             "The gradients are never set to zero: every step uses the sum of all gradients so far.",
             "Call optimizer.zero_grad() once for each step, before backward() or after step().",
             LOOP,
-            settings=[{"order": "backward, step"}],
+            settings=[
+                {"order": "backward, step"},
+                {"order": "zero once before"},
+                {"order": "zero once after"},
+            ],
         ),
         Fault(
             "train-step-before-backward",
-            "step() comes before backward(): each step uses the gradient of the batch before.",
-            "The order is backward(), then step().",
+            "The weights change between a forward pass and its backward(): step() comes too early.",
+            "For each batch in turn: forward, loss, backward(), then step().",
             LOOP,
             settings=[{"order": "step, zero, backward"}],
             sign=lambda probe, got, wanted: "modified by an inplace operation" in got.error_text,
@@ -1366,6 +1433,7 @@ TRAIN_EPOCH = Task(
                 {"returned": "sum over batches"},
                 {"returned": "sum over samples"},
                 {"returned": "sum of means over samples"},
+                {"returned": "sum over samples by batches"},
             ],
         ),
         Fault(
@@ -1401,7 +1469,7 @@ TRAIN_EPOCH = Task(
             "Another loss than loss_fn is used.",
             "Compute the loss with the function that you are given.",
             LOOP,
-            settings=[{"loss_from": "own"}],
+            settings=[{"loss_from": "own"}, {"loss_from": "cross-entropy"}],
         ),
     ],
 )
@@ -1510,11 +1578,6 @@ def _examine_row_sums(softmax: Any) -> bool:
     return torch.allclose(sums, torch.ones_like(sums), atol=1e-5)
 
 
-def _examine_exactly(softmax: Any) -> bool:
-    z = torch.linspace(-3, 3, 21).reshape(3, 7)
-    return all(torch.equal(softmax(z), z.double().softmax(-1).float()) for z in [z])
-
-
 def _examine_with_assert(softmax: Any) -> None:
     z = torch.tensor([[0.0, 0.0], [0.0, 1.0986123]])
     wanted = torch.tensor([[0.5, 0.5], [0.25, 0.75]])
@@ -1557,13 +1620,7 @@ GRADE_THIS = Task(
             SOFTMAX,
             implementations=[_examine_row_sums],
         ),
-        Fault(
-            "test-exact-floats",
-            "Your test rejects every implementation, the right ones too, as a test for exactly equal numbers does.",
-            "Allow a small difference, for example with torch.allclose; then check the numbers that you expect.",
-            SOFTMAX,
-            implementations=[_examine_exactly],
-        ),
+        *verdict_faults(SOFTMAX),
     ],
 )
 
@@ -1592,6 +1649,7 @@ READ_LOGS = Task(
     signature="answers: a dictionary",
     points=3,
     reference=_LOGS.get,
+    accepts=[{**_LOGS, "first loss": 2.303}.get],  # rounded to three decimals
     probes=answer_probes(
         {
             "constant answer": "the accuracy on MNIST of a network that always says 1",

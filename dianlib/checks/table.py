@@ -130,11 +130,12 @@ def trials(task: Task, seed: int = 0) -> Iterator[Trial]:
             report = grade(task.id, form, seed)
             ok = report.diagnosis == (fault.id,) and not report.passed
             yield Trial(task.id, "mistake", f"{fault.id}, form {number}", ok, report)
-    for first, second, form in task.pairs():
+    for faults, form in task.combinations():
         report = grade(task.id, form, seed)
-        # One mistake can hide the other: then the one that shows must be named, and no third one.
-        ok = not report.passed and bool(report.diagnosis) and {*report.diagnosis} <= {first.id, second.id}
-        yield Trial(task.id, "pair", f"{first.id} + {second.id}", ok, report)
+        # One mistake can hide the other: then the one that shows must be named, and no further one.
+        names = {fault.id for fault in faults}
+        ok = not report.passed and bool(report.diagnosis) and {*report.diagnosis} <= names
+        yield Trial(task.id, "pair", " + ".join(fault.id for fault in faults), ok, report)
     for variant in task.variants:
         report = grade(task.id, as_learners_code(variant), seed)
         yield Trial(task.id, "right answer", variant.__name__.strip("_"), report.passed, report)
