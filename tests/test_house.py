@@ -194,10 +194,9 @@ def test_workflows_are_yaml(name: str) -> None:
 
 def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = ["make", "-f", str(ROOT / "Makefile"), *arguments]
-    # These tests may themselves be run by make, which hands its state on in the environment.
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))
-    }
+    # These tests may themselves be run by make, which hands its state and settings on in the environment.
+    handed_on = ("MAKE", "MFLAGS", "PIN", "PYTHON")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(handed_on)}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
