@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, allclose
 
-from dianlib.checks.running import Foreign, Outcome, Parameters, Probe, run, run_all
+from dianlib.checks.running import Foreign, Outcome, Parameters, Probe, run, run_all, usual_surroundings
 from dianlib.checks.task import Candidate, Fault, Task
 
 RELATIVE, ABSOLUTE = 1e-4, 1e-5
@@ -139,6 +139,8 @@ def _missing(name: str, got: Outcome, expected: Any) -> str:
         return "It returned nothing. Is a return missing?"
     if name.startswith("result") and found is not None:
         kind = found.type_name if isinstance(found, Foreign) else type(found).__name__
+        if name.endswith("(number of parts)"):
+            return f"It returned one {kind}; return {expected} separate values, for example (low, high)."
         return f"It returned one {kind}; {name} is missing."
     return f"{name} is missing."
 
@@ -200,7 +202,8 @@ class Bench:
 
     def __init__(self, task: Task, seed: int) -> None:
         self.task = task
-        self.probes = task.probes(torch.Generator().manual_seed(seed))
+        with usual_surroundings():
+            self.probes = task.probes(torch.Generator().manual_seed(seed))
         self.right = [run_all(answer, self.probes) for answer in (task.reference, *task.accepts)]
         self._forms = [(fault, form) for fault in task.mistakes for form in task.forms(fault)]
         self._combinations = task.combinations()

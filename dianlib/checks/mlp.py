@@ -33,8 +33,11 @@ _DETACHED = (
 
 def _without_gradient(probe: Probe, got: Outcome, wanted: Outcome) -> bool:
     """Recognise a right result from which some gradient is missing."""
-    result, right = got.values.get("result"), wanted.values["result"]
-    if not isinstance(result, Tensor) or result.shape != right.shape or result.is_complex():
+    result, right = got.values.get("result"), wanted.values.get("result")
+    if not isinstance(result, Tensor) or not isinstance(right, Tensor) or result.is_complex():
+        return False
+    count = "number of parameters"
+    if result.shape != right.shape or got.values.get(count) != wanted.values.get(count):
         return False
     return got.detached and torch.allclose(result.double(), right.double(), 1e-4, 1e-5)
 
@@ -368,9 +371,10 @@ def _softmax_twin(
 def _wrong_row_sum(got: Outcome, wanted: Outcome, right_sum: float) -> tuple[int, float] | None:
     """Find the first row of the result that does not have the right sum."""
     result = got.values.get("result")
-    if not isinstance(result, Tensor) or not result.is_floating_point():
+    right = wanted.values.get("result")
+    if not isinstance(result, Tensor) or not isinstance(right, Tensor):
         return None
-    if result.shape != wanted.values["result"].shape:
+    if not result.is_floating_point() or result.shape != right.shape:
         return None
     sums = result.double().sum(-1)
     off = ((sums - right_sum).abs() > 1e-3) & sums.isfinite()
@@ -1099,11 +1103,11 @@ def _lost_layers(probe: Probe, got: Outcome, wanted: Outcome) -> bool:
     first, second = got.values.get("result"), got.values.get("result of call 2")
     unstable = isinstance(first, Tensor) and isinstance(second, Tensor) and not torch.equal(first, second)
     count = got.values.get("number of parameters")
-    return count == 0 or (unstable and count != wanted.values["number of parameters"])
+    return count == 0 or (unstable and count != wanted.values.get("number of parameters"))
 
 
 def _superposition(probe: Probe, got: Outcome, wanted: Outcome) -> str:
-    count, right = got.values.get("number of parameters"), wanted.values["number of parameters"]
+    count, right = got.values.get("number of parameters"), wanted.values.get("number of parameters")
     if count != right:
         return f"parameters() finds {count} numbers; this network has {right}."
     if got.random:

@@ -291,7 +291,7 @@ def _watch(forbidden: frozenset[str]) -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
-def _usual_surroundings() -> Iterator[None]:
+def usual_surroundings() -> Iterator[None]:
     """Keep torch's random numbers, its default dtype and the warning filters as they were before."""
     dtype = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -305,7 +305,7 @@ def _usual_surroundings() -> Iterator[None]:
 
 def run(candidate: Any, probe: Probe, forbidden: frozenset[str] = frozenset()) -> Outcome:
     """Call a candidate once on one probe, in this thread, and return what it did. Never raises."""
-    with _usual_surroundings():
+    with usual_surroundings():
         return _run(candidate, probe, forbidden)
 
 
@@ -447,7 +447,7 @@ def _run_within(limit: float, candidate: Any, probe: Probe, forbidden: frozenset
         target=lambda: found.append(context.run(_run, candidate, probe, forbidden)), daemon=True
     )
     # nbgrader gives 0 points to a cell with any text on stderr, a warning included.
-    with _usual_surroundings(), contextlib.redirect_stderr(io.StringIO()):
+    with usual_surroundings(), contextlib.redirect_stderr(io.StringIO()):
         thread.start()
         thread.join(limit)
         if thread.is_alive() and thread.ident is not None:
