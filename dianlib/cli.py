@@ -242,8 +242,7 @@ def _run(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from dianlib.checks.table import write_table
 
-    write_table(options.markdown, sys.stdout)
-    return 0
+    return 0 if write_table(options.markdown, sys.stdout) else 1
 
 
 def _sentence(error: Exception) -> str:

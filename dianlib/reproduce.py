@@ -29,8 +29,8 @@ DATASETS: dict[str, Callable[[], ImageData]] = {
 }
 
 
-def as_logged(images: ImageData, model: nn.Module, epochs: int) -> History:
-    """Train as a learner's log tells it: SGD with a small step, all images, always in one order.
+def with_sgd(images: ImageData, model: nn.Module, epochs: int, lr: float) -> History:
+    """Train as a learner's log tells it, but for the step: SGD, all images, always in one order.
 
     The test images are watched from epoch to epoch, to draw the curve. Nothing is chosen by them.
     """
@@ -41,8 +41,18 @@ def as_logged(images: ImageData, model: nn.Module, epochs: int) -> History:
         Batches(train_images, train_labels, batch_size=64),
         Batches(images.test_images, images.test_labels, batch_size=1000),
         epochs=epochs,
-        optimizer=SGD(model.parameters(), lr=1e-3),
+        optimizer=SGD(model.parameters(), lr=lr),
     )
+
+
+def as_logged(images: ImageData, model: nn.Module, epochs: int) -> History:
+    """Train with the log's learning rate, 0.001."""
+    return with_sgd(images, model, epochs, lr=1e-3)
+
+
+def with_larger_steps(images: ImageData, model: nn.Module, epochs: int) -> History:
+    """Train with a hundred times the log's learning rate, for a tenth of the epochs; nothing else differs."""
+    return with_sgd(images, model, -(-epochs // 10), lr=0.1)
 
 
 def with_adam(images: ImageData, model: nn.Module, epochs: int) -> History:
@@ -57,7 +67,11 @@ def with_adam(images: ImageData, model: nn.Module, epochs: int) -> History:
     )
 
 
-RECIPES = {"SGD 0.001, as logged": as_logged, "Adam 0.001, early stop": with_adam}
+RECIPES = {
+    "SGD 0.001, as logged": as_logged,
+    "SGD 0.1, a tenth of the epochs": with_larger_steps,
+    "Adam 0.001, early stop": with_adam,
+}
 
 
 @dataclass(frozen=True)
@@ -80,9 +94,9 @@ class Result:
 def reproduce_mlp(
     dataset: str = "mnist", *, epochs: int = 100, seeds: int = 3, output: Path = Path("reproduced")
 ) -> list[Result]:
-    """Train the network of the chapter's case by the log's recipe and by ours, and print a table.
+    """Train the network of the chapter's case by the log's recipe and by two of ours, and print a table.
 
-    Both recipes train the same network (hidden layers of 128 and 256) from the seeds
+    All recipes train the same network (hidden layers of 128 and 256) from the seeds
     0 .. ``seeds`` - 1 for at most ``epochs`` epochs; an epoch of MNIST takes about a second. The
     folder ``output`` gets mlp-<dataset>.md and .csv with the table and mlp-<dataset>-curves.csv
     with every epoch. Raises ValueError for an unknown data set or a count below 1, and
@@ -114,7 +128,7 @@ def reproduce_mlp(
     print(table)
     (output / f"mlp-{dataset}.md").write_text(table + "\n", encoding="utf-8")
     _write_csv(output / f"mlp-{dataset}.csv", [field.name for field in fields(Result)], map(astuple, results))
-    # "Watched" are the test images in the log's recipe and the validation images in ours.
+    # "Watched" are the test images with SGD and the validation images with Adam.
     columns = ["recipe", "seed", "epoch", "train_loss", "watched_loss", "watched_accuracy"]
     _write_csv(output / f"mlp-{dataset}-curves.csv", columns, curves)
     return results
