@@ -85,6 +85,8 @@ def _confusion_twin(
     elif counting == "right only":
         hits = targets[targets == predictions]
         confusion.index_put_((hits, hits), torch.tensor(1), accumulate=True)
+    if cells == "floats":
+        return confusion.float()
     if cells == "counts":
         return confusion
     totals = {"row shares": confusion.sum(1, keepdim=True), "shares of all": confusion.sum()}[cells]
@@ -160,6 +162,13 @@ CONFUSION_MATRIX = Task(
             "Make the matrix n_classes x n_classes, whatever occurs; then the matrices of two batches can be added.",
             NEVER,
             settings=[{"size": "up to the largest label"}, {"size": "labels that occur"}],
+        ),
+        Fault(
+            "metrics-counts-not-int64",
+            "The counts are right, but they are not int64: torch.zeros, for example, makes floating-point numbers.",
+            "Make the matrix with dtype=torch.int64; large counts are not exact in float32.",
+            COUNT,
+            settings=[{"cells": "floats"}],
         ),
         Fault(
             "metrics-confusion-normalised",
@@ -441,6 +450,19 @@ _MISSES = Fault(
 )
 
 
+# Precision, recall and F1 of each class can all go wrong in these ways.
+_MISTAKES_OF_RATES = (
+    _EMPTY_ONE,
+    _EMPTY_DROPPED,
+    _MICRO,
+    _MEAN_TOO_EARLY,
+    _PERCENT,
+    _TRUE_NEGATIVES,
+    _ALL_SAMPLES,
+    _MISSES,
+)
+
+
 def _rate_property(probe: Probe, got: Outcome, wanted: Outcome) -> str:
     values = got.values.get("result")
     if isinstance(values, Tensor) and values.is_floating_point() and bool((values > 1.0001).any()):
@@ -497,14 +519,7 @@ PRECISION = Task(
         _zero_division(
             "Give precision 0 to a class that is never predicted: torch.where(called > 0, hits / called, 0)."
         ),
-        _EMPTY_ONE,
-        _EMPTY_DROPPED,
-        _MICRO,
-        _MEAN_TOO_EARLY,
-        _PERCENT,
-        _TRUE_NEGATIVES,
-        _ALL_SAMPLES,
-        _MISSES,
+        *_MISTAKES_OF_RATES,
     ],
 )
 
@@ -547,14 +562,7 @@ RECALL = Task(
         _zero_division(
             "Give recall 0 to a class that never occurs: torch.where(there > 0, hits / there, 0)."
         ),
-        _EMPTY_ONE,
-        _EMPTY_DROPPED,
-        _MICRO,
-        _MEAN_TOO_EARLY,
-        _PERCENT,
-        _TRUE_NEGATIVES,
-        _ALL_SAMPLES,
-        _MISSES,
+        *_MISTAKES_OF_RATES,
     ],
 )
 
@@ -603,14 +611,7 @@ F1 = Task(
             COLUMN_ROW,
             settings=[{"mean": "arithmetic"}, {"mean": "geometric"}],
         ),
-        _EMPTY_ONE,
-        _EMPTY_DROPPED,
-        _MICRO,
-        _MEAN_TOO_EARLY,
-        _PERCENT,
-        _TRUE_NEGATIVES,
-        _ALL_SAMPLES,
-        _MISSES,
+        *_MISTAKES_OF_RATES,
     ],
 )
 
