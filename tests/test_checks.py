@@ -80,6 +80,24 @@ def test_two_independent_mistakes_are_both_named() -> None:
     assert "These mistakes together" in report.message
 
 
+def test_the_usual_training_loop_has_three_mistakes() -> None:
+    def train_epoch(model: nn.Module, batches: Any, optimizer: Any, loss_fn: Any) -> float:
+        total = 0.0
+        for x, y in batches:
+            loss = loss_fn(model(x), y)
+            loss.backward()
+            optimizer.step()
+            total += loss.item()
+        return total / len(batches)
+
+    report = grade("mlp.train_epoch", train_epoch)
+    assert set(report.diagnosis) == {
+        "train-missing-zero-grad",
+        "train-in-evaluation-mode",
+        "metrics-len-loader-divisor",
+    }
+
+
 # ----- shortcuts -----------------------------------------------------------------------------------------
 
 

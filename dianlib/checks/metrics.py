@@ -947,7 +947,7 @@ def _evaluate_by_running_counts(model: Any, batches: Any, n_classes: int) -> dic
 
 EVALUATE = Task(
     id="metrics.evaluate",
-    often_together=frozenset({"metrics-macro-over-minibatches", "metrics-len-loader-divisor"}),
+    often_together=[frozenset({"metrics-macro-over-minibatches", "metrics-len-loader-divisor"})],
     signature="evaluate(model, batches, n_classes)",
     points=4,
     reference=metrics.evaluate,

@@ -1371,6 +1371,10 @@ def _epoch_returning_a_tensor(model: Any, batches: Any, optimizer: Any, loss_fn:
 
 TRAIN_EPOCH = Task(
     id="mlp.train_epoch",
+    often_together=[
+        frozenset({"train-missing-zero-grad", "metrics-len-loader-divisor"}),
+        frozenset({"train-in-evaluation-mode", "metrics-len-loader-divisor"}),
+    ],
     signature="train_epoch(model, batches, optimizer, loss_fn)",
     points=4,
     reference=training.train_epoch,

@@ -41,8 +41,8 @@ class Task:
     answers with other numbers; ``variants`` are right answers written in another way, which must never be flagged
     (self-contained: they are read as source text, like a learner's). ``forbidden`` names the torch functions
     that are the answer; where it is not empty, other libraries' functions and dianlib's own are refused as well.
-    ``often_together`` names two mistakes that come so often together that a third is looked for beside
-    them. ``hints`` are a question, the
+    ``often_together`` names pairs of mistakes that come so often together that a third is looked
+    for beside them. ``hints`` are a question, the
     property and the pseudocode. ``properties`` look at (probe, outcome, expected) and return a
     sentence about the first thing that is wrong, or "".
     """
@@ -59,7 +59,7 @@ class Task:
     variants: Sequence[Candidate] = ()
     forbidden: frozenset[str] = frozenset()
     properties: Sequence[Callable[[Probe, Outcome, Outcome], str]] = ()
-    often_together: frozenset[str] = frozenset()
+    often_together: Sequence[frozenset[str]] = ()
     is_value: bool = False
     limit: float = 5.0
 
@@ -94,7 +94,7 @@ class Task:
                 if first is not second and not a.keys() & b.keys():
                     found.append(((first, second), {**a, **b}))
         for pair, settings in list(found):
-            if {fault.id for fault in pair} == self.often_together:
+            if {fault.id for fault in pair} in self.often_together:
                 for third, c in single:
                     if third not in pair and not settings.keys() & c.keys():
                         found.append(((*pair, third), {**settings, **c}))
