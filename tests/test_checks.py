@@ -101,13 +101,17 @@ def test_the_usual_training_loop_has_three_mistakes() -> None:
 # ----- shortcuts -----------------------------------------------------------------------------------------
 
 
-def gradient_by_autograd(logits: Tensor, targets: Tensor) -> Tensor:
+def gradient_by_backward(logits: Tensor, targets: Tensor) -> Tensor:
     logits = logits.clone().requires_grad_(True)
-    (
-        -logits.exp().div(logits.exp().sum(-1, keepdim=True)).log().gather(1, targets[:, None])
-    ).mean().backward()
+    (logits.logsumexp(-1) - logits.gather(1, targets[:, None]).squeeze(1)).mean().backward()
     assert logits.grad is not None
     return logits.grad
+
+
+def gradient_by_autograd(logits: Tensor, targets: Tensor) -> Tensor:
+    logits = logits.clone().requires_grad_(True)
+    loss = (logits.logsumexp(-1) - logits.gather(1, targets[:, None]).squeeze(1)).mean()
+    return torch.autograd.grad(loss, logits)[0]
 
 
 def macro_f1_by_scikit_learn(confusion: Tensor) -> float:
@@ -141,6 +145,8 @@ SHORTCUTS: list[tuple[str, Any]] = [
     ("mlp.cross_entropy", nn.CrossEntropyLoss()),
     ("mlp.cross_entropy", mlp.cross_entropy),
     ("mlp.cross_entropy_gradient", mlp.cross_entropy_gradient),
+    ("mlp.cross_entropy_gradient", gradient_by_backward),
+    ("mlp.cross_entropy_gradient", gradient_by_autograd),
     ("mlp.sgd_step", mlp.sgd_step),
     ("mlp.sgd_step", lambda parameters, lr: torch.optim.SGD(parameters, lr=lr).step()),
     ("mlp.train_epoch", training.train_epoch),
@@ -153,11 +159,6 @@ def test_a_shortcut_is_refused_in_words(name: str, answer: Any) -> None:
     report = grade(name, answer)
     assert report.score == 0
     assert "does the work" in report.message
-
-
-def test_the_gradient_by_autograd_is_not_by_hand() -> None:
-    report = grade("mlp.cross_entropy_gradient", gradient_by_autograd)
-    assert report.score < 1
 
 
 # ----- a candidate may do anything -----------------------------------------------------------------------
