@@ -13,4 +13,4 @@ def glue(name: str, value: object) -> None:
     """
     stored = {f"{PREFIX}text/plain": repr(value)}
     place = {"scrapbook": {"name": name, "mime_prefix": PREFIX}}
-    display(stored, metadata=place, raw=True)  # type: ignore[no-untyped-call]
+    display(stored, metadata=place, raw=True)

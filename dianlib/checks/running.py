@@ -7,6 +7,7 @@ and no score, so that it can stand alone in a sandbox while the judge stays outs
 import contextlib
 import contextvars
 import ctypes
+import functools
 import io
 import math
 import numbers
@@ -14,14 +15,13 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import FrameType, MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 # ----- what a probe may ask: plain data, from which the objects for the candidate are made ---------
 
@@ -231,60 +231,157 @@ def _cotangent(like: Tensor) -> Tensor:
 
 # ----- watching which functions are called ----------------------------------------------------------
 
+# Libraries whose functions are answers. A candidate may not call them where the point is to write them.
+LIBRARIES = ("sklearn", "torchmetrics", "torcheval", "scipy", "statsmodels")
+_OWN_ALLOWED = ("dianlib.data", "dianlib.plotting", "dianlib.checks.running")
 
-class _TorchWatch(TorchFunctionMode):
-    """Note every torch function of a forbidden name, whatever alias it is called by."""
+# What a report says of a candidate that tries not to be seen: "..., but <this> does the work."
+HIDING = "code that hides from this check"
+_SWITCHES = frozenset(
+    {"setprofile", "disableprofiler", "disableprofilerlegacy", "enablerecordfunction", "startnewthread"}
+)
+
+# torch has many names for one function: Softmax, softmax, _softmax, special_softmax, _safe_softmax, ...
+_BEFORE = ("special", "sparse", "masked", "safe", "mkldnn", "fused", "add")
+_AFTER = ("loss", "forward", "nd", "2d", "kernel", "withnoise", "pointwise")
+_ALIASES = {"makedual": "grad", "runbackward": "backward"}
+
+
+@functools.lru_cache(maxsize=10_000)
+def plain(name: str) -> str:
+    """Bring the names that torch has for one function to a common one."""
+    plainer = name.replace("_", "").lower()
+    if plainer.startswith("scaleddotproduct"):
+        return "scaleddotproduct"
+    while plainer != name:
+        name = plainer
+        for affix in _BEFORE:
+            plainer = plainer.removeprefix(affix)
+        for affix in _AFTER:
+            plainer = plainer.removesuffix(affix)
+    return _ALIASES.get(name, name)
+
+
+@functools.lru_cache(maxsize=10_000)
+def _seen_in(module: str, function: str, forbidden: frozenset[str]) -> str:
+    """Name a Python function that a candidate must not call, or return "" for any other."""
+    library = module.partition(".")[0]
+    if library in LIBRARIES or (library == "dianlib" and not module.startswith(_OWN_ALLOWED)):
+        return f"{module}.{function.rpartition('.')[2]}"
+    if library in ("torch", "torchvision"):
+        for part in reversed(function.split(".")):  # "Softmax.forward" has two names
+            if plain(part) in forbidden:
+                return f"torch's {part.lstrip('_')}"
+    return HIDING if module == "threading" and function == "setprofile" else ""
+
+
+class _Watch:
+    """Notes the forbidden functions that are called from ``start`` to ``stop``.
+
+    It looks from two sides. Python reports every function that is called from Python code, in this
+    thread and in those that are started meanwhile. torch's profiler records the operations that this
+    thread carries out, so that it does not matter who calls them: map(), compiled code, a module in C.
+    """
+
+    current: "_Watch | None" = None
 
     def __init__(self, forbidden: frozenset[str]) -> None:
-        super().__init__()
-        self.forbidden = forbidden
+        self.forbidden = frozenset(map(plain, forbidden))
+        self.suspects = self.forbidden | _SWITCHES
         self.used: list[str] = []
+        self.hook = self._see
+        self.calls = 0
+        self.records = False
 
-    def note(self, name: str) -> None:
+    def start(self) -> None:
+        self.thread = threading.get_ident()
+        self.before = (sys.getprofile(), threading.getprofile(), _Watch.current)
+        _Watch.current = self
+        self._start_record()
+        threading.setprofile(_see_elsewhere)
+        sys.setprofile(self.hook)
+
+    def stop(self) -> None:
+        watched = sys.getprofile() is self.hook and threading.getprofile() is _see_elsewhere
+        own, of_threads, _Watch.current = self.before
+        sys.setprofile(own)
+        threading.setprofile(of_threads)
+        watched &= self._read_record()
+        if not watched:
+            self._note(HIDING)
+
+    def _note(self, name: str) -> None:
         if name not in self.used:
             self.used.append(name)
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        # torch.special.softmax is called special_softmax, torch.ops.aten.linear is called linear.default.
-        name = getattr(func, "__name__", "").lstrip("_").removeprefix("special_").partition(".")[0]
-        if name in self.forbidden:
-            self.note(f"torch's {name}")
-        return func(*args, **(kwargs or {}))
+    def _see(self, frame: FrameType, event: str, called: Any) -> None:
+        if event == "call":
+            module = frame.f_globals.get("__name__")
+            if type(module) is str:
+                name = _seen_in(module, frame.f_code.co_qualname, self.forbidden)
+                if name:
+                    self._note(name)
+        elif event == "c_call":
+            if plain(called.__name__) in self.suspects:
+                self._see_c(frame, called)
+            self.calls += 1
+            # The record of an endless loop must not fill the memory.
+            if self.calls % 10_000 == 0 and threading.get_ident() == self.thread and self._read_record():
+                self._start_record()
+
+    def _see_c(self, frame: FrameType, called: Any) -> None:
+        module = called.__module__ or ""
+        if plain(called.__name__) in _SWITCHES:
+            ours = _Watch.current is not self or frame.f_globals.get("__name__") == "threading"
+            if not ours:
+                self._note(HIDING)
+        elif isinstance(called.__self__, Tensor) or module.partition(".")[0] == "torch":
+            self._note(f"torch's {called.__name__.lstrip('_')}")
+
+    def _start_record(self) -> None:
+        autograd: Any = torch.autograd
+        self.records = not autograd._profiler_enabled()  # somebody may be profiling the whole check
+        if self.records:
+            off = [False] * 5
+            settings = torch._C._profiler._ExperimentalConfig()
+            autograd._enable_profiler_legacy(
+                autograd.ProfilerConfig(autograd.ProfilerState.CPU, *off, settings)
+            )
+
+    def _read_record(self) -> bool:
+        """Note what torch has recorded since the last time; return False when that was switched off."""
+        autograd: Any = torch.autograd
+        if not self.records:
+            return True
+        if not autograd._profiler_enabled():
+            return False
+        for operation in {event.name() for events in autograd._disable_profiler_legacy() for event in events}:
+            name = operation.partition("::")[2]
+            if name and plain(name) in self.forbidden:
+                self._note(f"torch's {name.strip('_')}")
+            elif operation.startswith("autograd::engine") and {"backward", "grad"} & self.forbidden:
+                self._note("torch's autograd")
+        return True
 
 
-# Libraries whose functions are answers. A candidate may not call them where the point is to write them.
-_LIBRARIES = ("sklearn", "torchmetrics", "torcheval", "scipy", "statsmodels")
-_OWN_ALLOWED = ("dianlib.data", "dianlib.plotting", "dianlib.checks.running")
+def _see_elsewhere(frame: FrameType, event: str, called: Any) -> None:
+    """Watch a thread that a candidate started; it may live on and work for later calls."""
+    if _Watch.current is not None:
+        _Watch.current.hook(frame, event, called)
 
 
 @contextlib.contextmanager
 def _watch(forbidden: frozenset[str]) -> Iterator[list[str]]:
-    """Collect the forbidden functions that are called inside the block, in this thread."""
+    """Collect the forbidden functions that are called inside the block."""
     if not forbidden:
         yield []
         return
-    watch = _TorchWatch(forbidden)
-
-    def profile(frame: FrameType, event: str, _: Any) -> None:
-        if event != "call":
-            return
-        module = frame.f_globals.get("__name__", "")
-        library, function = module.partition(".")[0], frame.f_code.co_name
-        own = library == "dianlib" and not module.startswith(_OWN_ALLOWED)
-        if own or library in _LIBRARIES:
-            watch.note(f"{module}.{function}")
-        elif library == "torch" and function.lstrip("_") in forbidden:
-            watch.note(f"torch's {function}")
-
-    previous = sys.getprofile()
-    sys.setprofile(profile)
+    watch = _Watch(forbidden)
+    watch.start()
     try:
-        with watch:
-            yield watch.used
+        yield watch.used
     finally:
-        sys.setprofile(previous)
+        watch.stop()
 
 
 # ----- the run ---------------------------------------------------------------------------------------
@@ -322,7 +419,7 @@ def _run(candidate: Any, probe: Probe, forbidden: frozenset[str]) -> Outcome:
         outcome.error = "TimeLimit"
     except BaseException as error:  # whatever a candidate raises is a result, not our failure
         outcome.error = type(error).__name__
-        outcome.error_text = _describe(error)
+        outcome.error_text = describe(error)
     if probe.verdict and outcome.error not in ("NotImplementedError", "TimeLimit"):
         return _verdict(outcome)
     return outcome
@@ -399,7 +496,7 @@ def _differentiate(call: Any, result: Any, probe: Probe, made: dict[str, Any], o
             outcome.values[f"gradient of {name}"] = gradient.detach().clone()
 
 
-def _describe(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
     """Say briefly what was raised and on which line of the candidate's own code."""
     try:
         text = f"{type(error).__name__}: {error}".removesuffix(": ")

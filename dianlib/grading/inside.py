@@ -1,0 +1,432 @@
+"""The inside of the sandbox: a process with torch in memory, from which each submission is forked.
+
+Started by dianlib.grading.sandbox, never by hand. After the fork everything here is in the student's
+hands: no other module believes what it says without checking.
+"""
+
+import builtins
+import contextlib
+import gc
+import importlib
+import io
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from IPython.core.displayhook import CapturingDisplayHook
+from IPython.core.displaypub import CapturingDisplayPublisher
+from IPython.core.interactiveshell import InteractiveShell
+from torch import Tensor
+from traitlets.config import Config
+
+from dianlib.checks.running import Outcome, Probe, TimeLimit, describe, run
+from dianlib.grading import wire
+from dianlib.grading.isolation import (
+    HOME,
+    Limits,
+    die_with_parent,
+    enter_namespaces,
+    give_up_rights,
+    prefer_for_killing,
+)
+
+# A child that does not end by itself when its time is up gets this much longer, in seconds.
+GRACE = 1.0
+KEPT_OUTPUTS = 50
+
+
+# ----- the warm process --------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Import everything once, then fork a process for each submission that is asked for."""
+    channels = [socket.socket(fileno=int(number)) for number in sys.argv[1].split(",")]
+    for module in sys.argv[2].split(","):
+        importlib.import_module(module)
+    shell = _warm_shell()
+    memory = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    gc.collect()
+    gc.freeze()  # what is here now is shared by all forks, and is not copied when garbage is looked for
+    selector = selectors.DefaultSelector()
+    for channel in channels:
+        selector.register(channel, selectors.EVENT_READ)
+        wire.send(channel, {"ready": True, "threads": threading.active_count()})
+    living: dict[socket.socket, set[int]] = {channel: set() for channel in channels}
+    while living:
+        ready = {key.fd for key, _ in selector.select()}
+        for channel in [channel for channel in living if channel.fileno() in ready]:
+            if not _answer(channel, living[channel], shell, memory):
+                selector.unregister(channel)
+                for process in living.pop(channel):
+                    _close(process)
+
+
+def _warm_shell() -> InteractiveShell:
+    """Make the shell that runs cells, and have torch load now what it loads when it is first used."""
+    settings = Config()
+    settings.HistoryManager.enabled = False
+    settings.InteractiveShell.colors = "nocolor"
+    shell = InteractiveShell.instance(config=settings)
+    # An error is reported once, by us, and not printed as well.
+    shell._showtraceback = lambda *details: None  # type: ignore[method-assign]
+    shell.run_cell("%matplotlib inline\nimport matplotlib.pyplot", store_history=False)
+    torch.set_num_threads(1)
+    layer = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer(torch.zeros(1, 2)).sum().backward()
+    optimizer.step()
+    return shell
+
+
+def _answer(channel: socket.socket, living: set[int], shell: InteractiveShell, memory: int) -> bool:
+    """Carry out one request of the trusted side: open or close a submission. False when it has left."""
+    try:
+        request, descriptors, _, _ = socket.recv_fds(channel, 1 << 16, 1)
+    except OSError:
+        return False
+    if not request:
+        return False
+    order = json.loads(request)
+    if order["do"] == "open":
+        process = _open(descriptors[0], Limits(**order["limits"]), shell, memory)
+        living.add(process)
+        wire.send(channel, {"process": process})
+    else:
+        if order["process"] in living:
+            living.remove(order["process"])
+            _close(order["process"])
+        wire.send(channel, {"closed": True})
+    return True
+
+
+def _close(process: int) -> None:
+    os.kill(process, signal.SIGTERM)
+    os.waitpid(process, 0)
+
+
+def _open(descriptor: int, limits: Limits, shell: InteractiveShell, memory: int) -> int:
+    """Fork a process that shuts itself in and forks process 1 of the submission; return its number.
+
+    The outer process runs no student's code, and ends the inner one when it is told to end.
+    """
+    outer = os.fork()
+    if outer:
+        os.close(descriptor)
+        return outer
+    try:
+        die_with_parent()
+        prefer_for_killing()
+        enter_namespaces(limits)
+        inner = os.fork()
+        if inner:
+            # When process 1 is killed, all others of the submission die with it.
+            signal.signal(signal.SIGTERM, lambda *_: os.kill(inner, signal.SIGKILL))
+            os.close(descriptor)
+            os.waitpid(inner, 0)
+            os._exit(0)
+        die_with_parent()
+        os.setsid()
+        connection = socket.socket(fileno=os.dup2(descriptor, 200, inheritable=False))
+        os.closerange(3, 200)
+        os.chdir(HOME)
+        give_up_rights(limits, memory)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
+        os.close(nowhere)
+        Submission(connection, shell, limits).serve()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+# ----- one submission ------------------------------------------------------------------------------------
+
+
+class CellTimeLimit(BaseException):
+    """Raised inside a cell that runs too long. No ``except Exception`` catches it."""
+
+
+class Submission:
+    """Runs the cells of one notebook, and answers the judge's questions with what they define."""
+
+    def __init__(self, connection: socket.socket, shell: InteractiveShell, limits: Limits) -> None:
+        self.connection = connection
+        self.shell = shell
+        self.limits = limits
+        self.specimens: dict[int, Any] = {}
+
+    def serve(self) -> None:
+        """Do what the trusted side asks for until it closes the connection."""
+        wire.send(self.connection, {"ready": True})
+        while True:
+            request, buffers = wire.receive(self.connection)
+            match request["do"]:
+                case "cell":
+                    wire.send(self.connection, self.run_cell(request["source"], request["seconds"]))
+                case "task":
+                    self.run_task(request, buffers)
+                case "specimen":
+                    wire.send(self.connection, *self.call_specimen(request, buffers))
+                case "file":
+                    self.write_file(request["name"], buffers[0])
+                    wire.send(self.connection, {"written": True})
+
+    # -- cells --
+
+    def run_cell(self, source: str, seconds: float) -> dict[str, Any]:
+        """Run one cell as Jupyter would, and describe what it printed, showed and raised."""
+        text = _Text(self.limits.output)
+        publisher = CapturingDisplayPublisher()
+        shown: list[Any] = []
+        trap = self.shell.display_trap
+        hook, trap.hook = trap.hook, CapturingDisplayHook(shell=self.shell, outputs=shown)
+        public, self.shell.display_pub = self.shell.display_pub, publisher
+        error: BaseException | None = None
+        try:
+            with (
+                contextlib.redirect_stdout(text),
+                contextlib.redirect_stderr(text),
+                _alarm(seconds, CellTimeLimit),
+            ):
+                done = self.shell.run_cell(source, store_history=False)
+            error = done.error_before_exec or done.error_in_exec
+        except BaseException as raised:  # SystemExit, or a shell that the student has changed
+            error = raised
+        finally:
+            trap.hook, self.shell.display_pub = hook, public
+        pictures = [output["data"] for output in [*publisher.outputs, *shown][:KEPT_OUTPUTS]]
+        return {
+            "text": text.getvalue(),
+            "cut": text.cut,
+            "shown": [{kind: str(data) for kind, data in picture.items()} for picture in pictures],
+            "error": None if error is None else [type(error).__name__, describe(error)],
+        }
+
+    def write_file(self, name: str, content: bytes) -> None:
+        """Put a file that was handed in into the working directory."""
+        Path(HOME, name).write_bytes(content)
+
+    # -- tasks --
+
+    def run_task(self, request: dict[str, Any], buffers: wire.Buffers) -> None:
+        """Run a candidate on all probes, and on the first one again, each outcome in a frame of its own.
+
+        The candidate runs in a child process, so that a crash or a loop costs one probe and not the notebook.
+        After a crash or a lost probe another child goes on with the next one, twice at most.
+        """
+        names = self.shell.user_ns
+        candidate = names.get(request["name"])
+        if request["is_value"] and isinstance(candidate, dict):
+            candidate = candidate.get
+        state = "missing" if request["name"] not in names else "ready" if callable(candidate) else "unusable"
+        wire.send(self.connection, {"state": state, "type": type(candidate).__name__})
+        if state != "ready":
+            return
+        number, lost, again = 0, 0, False
+        while number <= len(request["probes"]):
+            if lost == 2:
+                self._send_outcome(Outcome(error="TimeLimit"))
+                number += 1
+                continue
+            finished, failure = self._in_a_child(candidate, request, buffers, number)
+            number += finished
+            again = again and not finished
+            if failure == "Died" and not again:
+                again = True  # the same probe once more: its process may have been killed by somebody else
+            elif failure:
+                self._send_outcome(Outcome(error=failure))
+                number, lost, again = number + 1, lost + 1, False
+
+    def _in_a_child(
+        self, candidate: Any, request: dict[str, Any], buffers: wire.Buffers, first: int
+    ) -> tuple[int, str]:
+        """Run the probes from ``first`` on; return how many were finished, and what stopped the child."""
+        ours, its = socket.socketpair()
+        child = os.fork()
+        if child == 0:
+            _candidate_process(its, candidate, request, buffers, first)
+        its.close()
+        finished = 0
+        try:
+            while first + finished <= len(request["probes"]):
+                header, answers = wire.receive(ours, request["limit"] + GRACE)
+                wire.send(self.connection, header, answers)
+                if "call" in header:  # of a sealed function: the trusted side knows where it runs
+                    wire.send(ours, *wire.receive(self.connection))
+                else:
+                    finished += 1
+        except wire.TooLate:
+            return finished, "TimeLimit"
+        except wire.WireError:
+            return finished, "Died"
+        finally:
+            ours.close()
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        return finished, ""
+
+    def _send_outcome(self, outcome: Outcome) -> None:
+        buffers: wire.Buffers = []
+        wire.send(self.connection, {"outcome": wire.pack_outcome(outcome, buffers)}, buffers)
+
+    # -- specimens: implementations that other people's tests judge --
+
+    def call_specimen(
+        self, request: dict[str, Any], buffers: wire.Buffers
+    ) -> tuple[dict[str, Any], wire.Buffers]:
+        """Call one of our own functions for a student's test. Such a process runs no student's code.
+
+        The answer holds the result and what the call left in its arguments. Where the gradient of the result
+        is handed in, the gradients of the arguments take the place of the result.
+        """
+        answers: wire.Buffers = []
+        try:
+            number = request["number"]
+            if number not in self.specimens:
+                space: dict[str, Any] = {"torch": torch, "Tensor": Tensor}
+                exec(request["text"], space)
+                self.specimens[number] = space[request["name"]]
+            positional, named, gradient = wire.unpack(request["arguments"], buffers)
+            leaves = [
+                value for value in positional if isinstance(value, Tensor) and value.is_floating_point()
+            ]
+            with _alarm(request["seconds"], TimeLimit), contextlib.redirect_stdout(io.StringIO()):
+                if gradient is not None:
+                    for leaf in leaves:
+                        leaf.requires_grad_(True)
+                result = self.specimens[number](*positional, **named)
+                if gradient is not None:
+                    result = torch.autograd.grad(result, leaves, gradient, allow_unused=True)
+            return {"result": wire.pack((result, positional), answers)}, answers
+        except BaseException as error:
+            return {"raised": [type(error).__name__, str(error)[:300]]}, []
+
+
+# ----- the child that runs a candidate ---------------------------------------------------------------------
+
+
+def _candidate_process(
+    connection: socket.socket, candidate: Any, request: dict[str, Any], buffers: wire.Buffers, first: int
+) -> None:
+    """Run probes and send their outcomes; ends the process."""
+    try:
+        with contextlib.redirect_stdout(_Text(0)), contextlib.redirect_stderr(_Text(0)):
+            warnings.simplefilter("ignore")
+
+            def sealed(described: dict[str, Any]) -> Any:
+                return _sealed_function(connection, described) if described.get("is") == "Sealed" else None
+
+            forbidden = frozenset(request["forbidden"])
+            for described in [*request["probes"], request["probes"][0]][first:]:
+                probe = wire.unpack(described, buffers, sealed)
+                assert isinstance(probe, Probe)
+                with _alarm(request["limit"], TimeLimit):
+                    outcome = run(candidate, probe, forbidden)
+                answers: wire.Buffers = []
+                wire.send(connection, {"outcome": wire.pack_outcome(outcome, answers)}, answers)
+    except BaseException:  # the alarm at a bad moment, or a student's code that changed our tools
+        pass
+    finally:
+        os._exit(0)
+
+
+def _sealed_function(connection: socket.socket, described: dict[str, Any]) -> Callable[..., Any]:
+    """Make a function that runs in another process: it can be called, and nothing else."""
+
+    def ask(positional: tuple[Any, ...], named: dict[str, Any], gradient: Any) -> Any:
+        buffers: wire.Buffers = []
+        arguments = wire.pack((positional, named, gradient), buffers)
+        wire.send(connection, {"call": described["number"], "arguments": arguments}, buffers)
+        answer, answers = wire.receive(connection)
+        if "raised" in answer:
+            name, text = answer["raised"]
+            kind = getattr(builtins, name, RuntimeError)
+            known = isinstance(kind, type) and issubclass(kind, Exception)
+            raise (kind if known else RuntimeError)(text)
+        result, changed = wire.unpack(answer["result"], answers)
+        for old, new in zip(positional, changed, strict=True):
+            if isinstance(old, Tensor) and isinstance(new, Tensor) and not torch.equal(old.detach(), new):
+                with torch.no_grad():
+                    old.copy_(new)
+        return result
+
+    class Differentiable(torch.autograd.Function):
+        """The call as a part of autograd's graph, for tests that look at gradients."""
+
+        @staticmethod
+        def forward(context: Any, *positional: Any) -> Any:
+            context.positional = positional
+            return ask(positional, {}, None)
+
+        @staticmethod
+        def backward(context: Any, *gradients: Any) -> Any:
+            found = iter(ask(context.positional, {}, gradients[0]))
+            return tuple(
+                next(found) if isinstance(v, Tensor) and v.is_floating_point() else None
+                for v in context.positional
+            )
+
+    def function(*positional: Any, **named: Any) -> Any:
+        wants_graph = any(isinstance(value, Tensor) and value.requires_grad for value in positional)
+        if wants_graph and not named and torch.is_grad_enabled():
+            return Differentiable.apply(*positional)  # type: ignore[no-untyped-call]
+        return ask(positional, named, None)
+
+    function.__name__ = function.__qualname__ = str(described["name"])
+    return function
+
+
+# ----- small tools -----------------------------------------------------------------------------------------
+
+
+class _Text(io.TextIOBase):
+    """Collects what is printed, up to a limit."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.parts: list[str] = []
+        self.size = 0
+
+    @property
+    def cut(self) -> bool:
+        return self.size > self.limit
+
+    def write(self, text: str) -> int:
+        if self.size < self.limit:
+            self.parts.append(text[: self.limit - self.size])
+        self.size += len(text)
+        return len(text)
+
+    def getvalue(self) -> str:
+        return "".join(self.parts)
+
+
+@contextlib.contextmanager
+def _alarm(seconds: float, error: type[BaseException]) -> Iterator[None]:
+    """Raise an error in this process when the time is up, again and again if it is caught."""
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        raise error("out of time")
+
+    signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 0.2)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+if __name__ == "__main__":
+    main()

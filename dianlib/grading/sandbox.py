@@ -1,0 +1,315 @@
+"""The outside of the sandbox: start it, make sure that it holds, and open a box for each submission.
+
+Linux with bubblewrap. A warm process waits inside, with torch in memory; each submission is a fork of it
+that shuts itself in once more, so that submissions do not see each other either.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import dianlib
+from dianlib.grading import wire
+from dianlib.grading.isolation import HOME, Limits
+
+PACKAGE = Path(dianlib.__file__).parent
+COURSE = "/course"  # where dianlib lies inside
+
+# What the inside consists of: no reference, no known mistake, no judge.
+OWN_FILES = {
+    "__init__.py": "__init__.py",
+    "checks/__init__.py": "grading/checks_inside.py",
+    "checks/running.py": "checks/running.py",
+    "grading/__init__.py": "grading/__init__.py",
+    "grading/wire.py": "grading/wire.py",
+    "grading/isolation.py": "grading/isolation.py",
+    "grading/inside.py": "grading/inside.py",
+}
+START_SECONDS = 180.0
+
+_ONLY = "Students' code runs only in a sandbox"
+
+
+class SandboxError(Exception):
+    """Isolation cannot be had; the text is the sentence that the instructor reads."""
+
+
+# ----- one submission ------------------------------------------------------------------------------------
+
+
+class Box:
+    """A process of its own for one submission. Its methods raise wire.WireError when it is gone or silent."""
+
+    def __init__(self, connection: socket.socket, channel: socket.socket, process: int) -> None:
+        self.connection = connection
+        self._channel = channel
+        self._process = process
+
+    def ask(
+        self, request: dict[str, Any], buffers: Sequence[bytes] = (), seconds: float = 10.0
+    ) -> tuple[dict[str, Any], wire.Buffers]:
+        """Send a request and wait some seconds for one answer. Nothing in the answer was checked yet."""
+        self.connection.settimeout(seconds)
+        wire.send(self.connection, request, list(buffers))
+        return wire.receive(self.connection, seconds)
+
+    def close(self) -> None:
+        """End all processes of the submission."""
+        self.connection.close()
+        with contextlib.suppress(wire.WireError):
+            _request(self._channel, {"do": "close", "process": self._process})
+
+
+# ----- the sandbox -----------------------------------------------------------------------------------------
+
+
+class Sandbox:
+    """A warm process in bubblewrap. Processes that share one each use a channel of their own.
+
+    ``modules`` names the modules of dianlib that students may import. Raises SandboxError when the
+    isolation cannot be had, or does not hold what it must.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[str],
+        limits: Limits | None = None,
+        data: Path | None = None,
+        channels: int = 1,
+    ) -> None:
+        self.modules = tuple(modules)
+        self.limits = limits or Limits()
+        self.data = data
+        self._channels: list[socket.socket] = []
+        self._start(channels)
+        self._test()
+
+    def use(self, number: int) -> None:
+        """Take one of the channels and leave the others to other processes."""
+        for index, channel in enumerate(self._channels):
+            if index != number:
+                channel.close()
+        self._channels = [self._channels[number]]
+
+    def open(self) -> Box:
+        """Fork a box. If the warm process is gone, somebody killed it: a new one is started, once."""
+        try:
+            return self._open()
+        except wire.WireError:
+            self.close()
+            self._start(1)
+            return self._open()
+
+    def close(self) -> None:
+        """End the warm process, if it was started here, and everything in it."""
+        for channel in self._channels:
+            channel.close()
+        if self._owner == os.getpid():
+            self._bubblewrap.kill()
+            self._bubblewrap.wait()
+
+    def _open(self) -> Box:
+        ours, its = socket.socketpair()
+        channel = self._channels[0]
+        try:
+            order = {"do": "open", "limits": dataclasses.asdict(self.limits)}
+            answer = _request(channel, order, [its.fileno()])
+        except wire.WireError:
+            ours.close()
+            raise
+        finally:
+            its.close()
+        box = Box(ours, channel, answer["process"])
+        try:
+            wire.receive(ours, 30)
+        except wire.WireError:
+            box.close()
+            raise
+        return box
+
+    def _start(self, channels: int) -> None:
+        pairs = [socket.socketpair() for _ in range(channels)]
+        inner = [its.fileno() for _, its in pairs]
+        command = [*_command(self.modules, self.data), ",".join(map(str, inner)), ",".join(self._imports())]
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (it lives as long as the sandbox)
+        self._bubblewrap = subprocess.Popen(
+            command, pass_fds=inner, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._log
+        )
+        self._owner = os.getpid()
+        self._channels = [ours for ours, _ in pairs]
+        for _, its in pairs:
+            its.close()
+        try:
+            for channel in self._channels:
+                wire.receive(channel, START_SECONDS)
+        except wire.WireError:
+            self.close()
+            raise SandboxError(_why(self._said())) from None
+
+    def _said(self) -> str:
+        """Return what bubblewrap, or Python inside it, printed."""
+        self._log.seek(0)
+        return self._log.read(100_000)
+
+    def _imports(self) -> Iterator[str]:
+        yield from ("pyseccomp", "torch._dynamo", "numpy", "sklearn.datasets")
+        yield from self.modules
+
+    def _test(self) -> None:
+        """Look from inside whether the walls stand, before the first student's code runs."""
+        try:
+            box = self.open()
+            answer, _ = box.ask({"do": "cell", "source": SELF_TEST, "seconds": 20.0}, seconds=25.0)
+            box.close()
+            found = json.loads(answer["text"])
+        except (wire.WireError, ValueError, KeyError, TypeError):
+            self.close()
+            raise SandboxError(_why(self._said())) from None
+        broken = [what for what, holds in found.items() if not holds]
+        if broken:
+            self.close()
+            raise SandboxError(
+                f"{_ONLY}, and this one is not tight ({', '.join(broken)}): nothing was graded."
+            )
+
+
+def _request(
+    channel: socket.socket, order: dict[str, Any], descriptors: Sequence[int] = ()
+) -> dict[str, Any]:
+    try:
+        channel.settimeout(60)
+        socket.send_fds(channel, [json.dumps(order).encode()], list(descriptors))
+    except OSError:
+        raise wire.Closed from None
+    return wire.receive(channel, 60)[0]
+
+
+# ----- bubblewrap ------------------------------------------------------------------------------------------
+
+_ALLOW = (
+    "Allow it (Debian: `sudo sysctl kernel.unprivileged_userns_clone=1`; Ubuntu 24.04: "
+    "`sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0`; Docker: "
+    "`--security-opt seccomp=unconfined --security-opt systempaths=unconfined`), then grade again."
+)
+
+
+def _command(modules: Sequence[str], data: Path | None) -> list[str]:
+    """Return the command that starts the warm process, without its two arguments."""
+    if sys.platform != "linux":
+        raise SandboxError(
+            f"{_ONLY}, which needs Linux. On macOS and Windows grade in a Linux container or a virtual "
+            'machine: the chapter "Grading a class" shows how.'
+        )
+    bubblewrap = shutil.which("bwrap")
+    if bubblewrap is None:
+        raise SandboxError(
+            f"{_ONLY}, and bubblewrap is not installed: install it (Debian and Ubuntu: "
+            "`sudo apt install bubblewrap`), then grade again."
+        )
+    command = [bubblewrap, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
+    command += ["--unshare-cgroup-try", "--die-with-parent", "--new-session", "--clearenv"]
+    # Never run students' code as root: whoever grades as root gives its rights away inside, as soon as the
+    # folders are in place. Anybody else needs a user namespace to put them there.
+    identity = _nobody() if os.geteuid() == 0 else []
+    command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if identity else ["--unshare-user"]
+    command += ["--proc", "/proc", "--dev", "/dev", "--perms", "1777", "--tmpfs", "/tmp"]
+    command += ["--perms", "1777", "--tmpfs", HOME, "--chdir", HOME]
+    visible = [*_system_folders(), Path(sys.base_prefix).resolve(), Path(sys.prefix).resolve()]
+    places = {str(folder): str(folder) for folder in _without_nested(visible)}
+    for link in ("/bin", "/sbin", "/lib", "/lib64", "/lib32"):
+        if Path(link).is_symlink():
+            command += ["--symlink", str(Path(link).readlink()), link]
+    places |= {file: file for file in ("/etc/ld.so.cache", "/etc/alternatives") if Path(file).exists()}
+    for target, source in [*OWN_FILES.items(), *((name := _file_of(m), name) for m in modules)]:
+        places[f"{COURSE}/dianlib/{target}"] = str(PACKAGE / source)
+    environment = {
+        "HOME": HOME,
+        "PATH": "/usr/bin:/bin",
+        "LANG": "C.UTF-8",
+        "PYTHONPATH": COURSE,
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+        "NBGRADER_EXECUTION": "autograde",
+        "DIANLIB_PROGRESS": "",
+    }
+    if data is not None:
+        places["/data"] = str(data.resolve())
+        environment["DIANLIB_DATA"] = "/data"
+    # bubblewrap would make the folders above these places for their owner only.
+    parents = {parent for place in places for parent in Path(place).parents}
+    for parent in sorted(parents, key=lambda folder: len(folder.parts))[1:]:
+        command += ["--perms", "0755", "--dir", str(parent)]
+    for target, source in places.items():
+        command += ["--ro-bind", source, target]
+    # An installed dianlib lies among the packages, with all its references: cover it.
+    if any(PACKAGE.is_relative_to(folder) for folder in visible):
+        command += ["--tmpfs", str(PACKAGE)]
+    for name, value in environment.items():
+        command += ["--setenv", name, value]
+    return [*command, "--", *identity, sys.executable, "-P", "-s", "-m", "dianlib.grading.inside"]
+
+
+def _nobody() -> list[str]:
+    """Return the command that goes on as the user nobody, without any right of root."""
+    nobody = pwd.getpwnam("nobody")
+    identity = [f"--reuid={nobody.pw_uid}", f"--regid={nobody.pw_gid}", "--clear-groups"]
+    return ["setpriv", *identity, "--inh-caps=-all", "--ambient-caps=-all", "--bounding-set=-all", "--"]
+
+
+def _system_folders() -> list[Path]:
+    named = [Path(name) for name in ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/lib32")]
+    return [folder for folder in named if folder.is_dir() and not folder.is_symlink()]
+
+
+def _without_nested(folders: Sequence[Path]) -> list[Path]:
+    unique = list(dict.fromkeys(folders))
+    return [f for f in unique if not any(f != other and f.is_relative_to(other) for other in unique)]
+
+
+def _file_of(module: str) -> str:
+    return module.removeprefix("dianlib.").replace(".", "/") + ".py"
+
+
+def _why(log: str) -> str:
+    """Make one sentence of what bubblewrap, or Python inside it, printed before it ended."""
+    lines = [line for line in log.splitlines() if line.strip()]
+    last = lines[-1].strip() if lines else "it ended without a word"
+    if "namespace" in log or "uid map" in log or "Operation not permitted" in log:
+        return f"{_ONLY}, and this system does not let bubblewrap make one ({last}). {_ALLOW}"
+    return f"{_ONLY}, and it did not start ({last})."
+
+
+# Runs in a box. Prints a JSON object: what must hold -> whether it does.
+SELF_TEST = """
+import ctypes, importlib.util, json, os, socket
+from pathlib import Path
+
+def refused(action):
+    try:
+        action()
+    except OSError:
+        return True
+    return False
+
+print(json.dumps({
+    "it runs as root": os.getuid() != 0,
+    "it reaches the network": refused(lambda: socket.create_connection(("192.0.2.1", 80), timeout=2)),
+    "it sees other processes": not list(Path("/proc").iterdir()) and os.getpid() == 1,
+    "it writes to the system": refused(lambda: Path("/usr/.dianlib").touch()),
+    "it sees the references": all(
+        importlib.util.find_spec(f"dianlib.checks.{name}") is None for name in ("judging", "registry", "task")
+    ),
+    "it makes namespaces": ctypes.CDLL(None).unshare(0x10000000) == -1,
+    "it becomes root": refused(lambda: os.setuid(0)),
+}))
+"""

@@ -1,0 +1,299 @@
+"""What goes between the judge and the sandbox: frames of JSON and raw buffers, never pickles or code objects.
+
+Both sides use this module. Nothing that comes out of the sandbox is trusted: a length, a type, a shape
+or a count is used only after it was checked, and what does not fit ends the conversation.
+"""
+
+import dataclasses
+import json
+import math
+import socket
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dianlib.checks.running import (
+    Batches,
+    Foreign,
+    Loss,
+    Momentum,
+    Net,
+    Outcome,
+    Parameters,
+    Probe,
+)
+
+MAX_HEADER = 4 << 20
+MAX_BUFFERS = 2_000
+MAX_BYTES = 64 << 20
+MAX_ELEMENTS = 1_000_000
+MAX_DEPTH = 8
+MAX_PARTS = 2_000
+
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.bool,
+        torch.uint8,
+        torch.int8,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+        torch.complex64,
+        torch.complex128,
+    )
+}
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """Stands for a function that a candidate may call and not look at: it runs in another process."""
+
+    number: int
+    name: str
+
+
+# What a probe may be made of. A new kind of specification in dianlib.checks.running is added here.
+SPECIFICATIONS: dict[str, type[Any]] = {
+    kind.__name__: kind for kind in (Batches, Foreign, Loss, Momentum, Net, Parameters, Probe, Sealed)
+}
+
+Buffers = list[bytes]
+
+
+class WireError(Exception):
+    """What arrived is not what was agreed."""
+
+
+class Closed(WireError):
+    """The other side is gone."""
+
+
+class TooLate(WireError):
+    """The other side did not answer in time."""
+
+
+# ----- frames ------------------------------------------------------------------------------------------
+
+
+def send(connection: socket.socket, header: dict[str, Any], buffers: Buffers = []) -> None:  # noqa: B006
+    """Send one frame: the sizes, a JSON header and raw buffers."""
+    text = json.dumps(header).encode()
+    sizes = struct.pack(f"<II{len(buffers)}Q", len(text), len(buffers), *map(len, buffers))
+    try:
+        connection.sendall(b"".join([sizes, text, *buffers]))
+    except TimeoutError:
+        raise TooLate from None
+    except OSError:
+        raise Closed from None
+
+
+def receive(connection: socket.socket, seconds: float | None = None) -> tuple[dict[str, Any], Buffers]:
+    """Receive one frame within some seconds, or wait for ever. Raises WireError, and nothing else."""
+    end = None if seconds is None else time.monotonic() + seconds
+    header_size, n_buffers = struct.unpack("<II", _read(connection, 8, end))
+    if header_size > MAX_HEADER or n_buffers > MAX_BUFFERS:
+        raise WireError("the frame is too large")
+    sizes = struct.unpack(f"<{n_buffers}Q", _read(connection, 8 * n_buffers, end))
+    if sum(sizes) > MAX_BYTES:
+        raise WireError("the frame is too large")
+    try:
+        header = json.loads(_read(connection, header_size, end))
+    except (ValueError, RecursionError):
+        raise WireError("the header is not JSON") from None
+    if not isinstance(header, dict):
+        raise WireError("the header is not an object")
+    return header, [_read(connection, size, end) for size in sizes]
+
+
+def _read(connection: socket.socket, size: int, end: float | None) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        try:
+            left = None if end is None else end - time.monotonic()
+            if left is not None and left <= 0:
+                raise TooLate
+            connection.settimeout(left)
+            part = connection.recv(min(size - len(data), 1 << 20))
+        except TimeoutError:
+            raise TooLate from None
+        except OSError:
+            raise Closed from None
+        if not part:
+            raise Closed
+        data += part
+    return bytes(data)
+
+
+# ----- values --------------------------------------------------------------------------------------------
+
+
+def pack(value: Any, buffers: Buffers, depth: int = 0) -> Any:
+    """Describe a value as JSON; the numbers of tensors go to ``buffers``.
+
+    An object of another kind is described by the name of its type alone.
+    """
+    if depth > MAX_DEPTH:
+        return {"is": "Foreign", "type_name": "something nested too deeply"}
+    match value:
+        case Tensor():
+            return _pack_tensor(value, buffers)
+        case None | bool() | float():
+            return value if value is None or isinstance(value, bool) else float(value)
+        case int():
+            return int(value)
+        case str():
+            return str(value)
+        case list() | tuple():
+            parts = [pack(part, buffers, depth + 1) for part in value[:MAX_PARTS]]
+            return {"is": "tuple" if isinstance(value, tuple) else "list", "parts": parts}
+        case dict():
+            items = list(value.items())[:MAX_PARTS]
+            return {"is": "dict", "items": [[str(k), pack(v, buffers, depth + 1)] for k, v in items]}
+        case _ if type(value) in SPECIFICATIONS.values():
+            fields = {
+                field.name: pack(getattr(value, field.name), buffers, depth + 1)
+                for field in dataclasses.fields(value)
+            }
+            return {"is": type(value).__name__, **fields}
+        case _:
+            return {"is": "Foreign", "type_name": type(value).__name__}
+
+
+def _pack_tensor(value: Tensor, buffers: Buffers) -> Any:
+    plain = value.detach().cpu().contiguous()
+    name = str(plain.dtype).removeprefix("torch.")
+    if name not in DTYPES or plain.numel() > MAX_ELEMENTS:
+        text = f"a tensor of shape {tuple(plain.shape)} and dtype {name} that cannot be compared"
+        return {"is": "Foreign", "type_name": text}
+    # Reshaped to one dimension first: a tensor without dimensions has no bytes to look at.
+    buffers.append(plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
+    return {"is": "Tensor", "dtype": name, "shape": list(plain.shape), "buffer": len(buffers) - 1}
+
+
+def unpack(
+    described: Any,
+    buffers: Buffers,
+    special: Callable[[dict[str, Any]], Any] | None = None,
+    depth: int = 0,
+) -> Any:
+    """Make the value that JSON and buffers describe, after checking every part. Raises WireError.
+
+    ``special`` is asked first about each described object; it returns None for what is not its own.
+    """
+    if described is None or isinstance(described, bool | int | float):
+        return described
+    if isinstance(described, str):
+        return plain_text(described, MAX_HEADER)
+    if not isinstance(described, dict) or depth > MAX_DEPTH:
+        raise WireError("a value is malformed")
+    made = special(described) if special else None
+    if made is not None:
+        return made
+    match described:
+        case {"is": "Tensor"}:
+            return _unpack_tensor(described, buffers)
+        case {"is": "list" | "tuple" as kind, "parts": list(parts)} if len(parts) <= MAX_PARTS:
+            values = [unpack(part, buffers, special, depth + 1) for part in parts]
+            return values if kind == "list" else tuple(values)
+        case {"is": "dict", "items": list(items)} if len(items) <= MAX_PARTS:
+            if not all(
+                isinstance(item, list) and len(item) == 2 and isinstance(item[0], str) for item in items
+            ):
+                raise WireError("a dictionary is malformed")
+            return {key: unpack(value, buffers, special, depth + 1) for key, value in items}
+        case {"is": str(kind)} if kind in SPECIFICATIONS:
+            specification = SPECIFICATIONS[kind]
+            names = {field.name for field in dataclasses.fields(specification)}
+            if described.keys() - {"is"} != names:
+                raise WireError(f"a {kind} is malformed")
+            return specification(**{n: unpack(described[n], buffers, special, depth + 1) for n in names})
+    raise WireError("a value is of an unknown kind")
+
+
+def _unpack_tensor(described: dict[str, Any], buffers: Buffers) -> Tensor:
+    dtype = DTYPES.get(str(described.get("dtype")))
+    shape, index = described.get("shape"), described.get("buffer")
+    if dtype is None or not isinstance(shape, list) or len(shape) > 16:
+        raise WireError("a tensor is malformed")
+    if not all(type(size) is int and 0 <= size <= MAX_ELEMENTS for size in shape):
+        raise WireError("a tensor has an impossible shape")
+    if type(index) is not int or not 0 <= index < len(buffers):
+        raise WireError("a tensor has no numbers")
+    numel, data = math.prod(shape), buffers[index]
+    if numel > MAX_ELEMENTS or len(data) != numel * dtype.itemsize:
+        raise WireError("a tensor has the wrong number of bytes")
+    if dtype == torch.bool and not set(data) <= {0, 1}:
+        raise WireError("a truth value is neither 0 nor 1")
+    if numel == 0:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
+
+
+def plain_text(text: Any, limit: int) -> str:
+    """Make any text safe to store and to show: no lone surrogates, no control characters, not too long."""
+    if not isinstance(text, str):
+        return ""
+    kept = text[:limit].encode("utf-8", "replace").decode()
+    return "".join(c for c in kept if c in "\n\t" or c.isprintable() or c == " ")
+
+
+# ----- outcomes ------------------------------------------------------------------------------------------
+
+
+def pack_outcome(outcome: Outcome, buffers: Buffers) -> dict[str, Any]:
+    """Describe what a candidate did; done inside the sandbox."""
+    return {
+        "values": [[name, pack(value, buffers)] for name, value in outcome.values.items()][:MAX_PARTS],
+        "error": outcome.error,
+        "error_text": outcome.error_text,
+        "changed": list(outcome.changed),
+        "detached": outcome.detached,
+        "used": list(outcome.used),
+        "random": outcome.random,
+    }
+
+
+def unpack_outcome(described: Any, buffers: Buffers) -> Outcome:
+    """Read an outcome that comes out of the sandbox. Raises WireError when any part is not as agreed."""
+    match described:
+        case {
+            "values": list(values),
+            "error": str(error),
+            "error_text": str(error_text),
+            "changed": list(changed),
+            "detached": bool(detached),
+            "used": list(used),
+            "random": bool(random),
+        } if len(values) <= MAX_PARTS:
+            named = {}
+            for item in values:
+                if not isinstance(item, list) or len(item) != 2 or not isinstance(item[0], str):
+                    raise WireError("a value has no name")
+                value = unpack(item[1], buffers)
+                if not isinstance(value, Tensor | bool | int | float | Foreign):
+                    raise WireError("a value is neither a tensor nor a number")
+                if isinstance(value, int) and abs(value) > 2**63:
+                    raise WireError("a number is too long")
+                if isinstance(value, Foreign):
+                    value = Foreign(plain_text(value.type_name, 200))
+                named[plain_text(item[0], 200)] = value
+            return Outcome(
+                named,
+                plain_text(error, 100),
+                plain_text(error_text, 600),
+                tuple(plain_text(name, 100) for name in changed[:100]),
+                detached,
+                tuple(plain_text(name, 100) for name in used[:100]),
+                random,
+            )
+    raise WireError("an outcome is malformed")
