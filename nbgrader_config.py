@@ -26,7 +26,26 @@ c.ClearSolutions.text_stub = "Write your answer here."
 
 # ----- grading -------------------------------------------------------------------------------------------
 
-# One cell may train a small network. A cell that takes longer is stopped, and the next ones run.
+# Students' code runs in a sandbox, the judge stays outside, and unfinished work is taken up again: these
+# lines plug dianlib.grading into nbgrader's own commands. See the chapter "Grading a class".
+c.Autograde.exporter_class = "dianlib.grading.plugin.SafeExporter"
+c.Autograde.sanitize_preprocessors = ["nbgrader.preprocessors.CheckCellMetadata"]
+c.Autograde.autograde_preprocessors = [
+    "dianlib.grading.plugin.Judge",
+    "nbgrader.preprocessors.SaveAutoGrades",
+    "nbgrader.preprocessors.AssignLatePenalties",
+    "nbgrader.preprocessors.CheckCellMetadata",
+]
+c.Autograde.pre_convert_hook = "dianlib.grading.plugin.before"
+c.Autograde.post_convert_hook = "dianlib.grading.plugin.after"
+c.ExportApp.plugin_class = "dianlib.grading.export.GradedOnly"
+
+# Limits for a submission, in seconds and megabytes. One cell may train a small network.
+c.Judge.cell_seconds = 30
+c.Judge.submission_seconds = 300
+c.Judge.memory_mb = 2048
+
+# `nbgrader validate` and `nbgrader generate_assignment` run the instructor's own notebooks, unguarded.
 c.Execute.timeout = 120
 # A kernel that has nothing to save need not be asked to leave: this saves a second for each submission.
 c.Execute.shutdown_kernel = "immediate"

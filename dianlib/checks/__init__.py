@@ -52,19 +52,14 @@ def grade(task_id: str, candidate: Any, seed: int = 0) -> "Report":
     ``candidate`` is the function, the class or the value that the task asks for. Whatever it
     does (raise, hang, return something else), the answer is a Report.
     """
-    from dianlib.checks.judging import Report, judge
+    from dianlib.checks.judging import judge, unusable
     from dianlib.checks.running import run_all
 
     task = _task(task_id)
     bench = _bench(task_id, seed)
     call = candidate.get if task.is_value and isinstance(candidate, dict) else candidate
     if not callable(call):
-        wanted = "a dictionary of answers" if task.is_value else f"the function or class {task.signature}"
-        message = (
-            f"{task_id}: no points yet. This is of type {type(candidate).__name__}; "
-            f"pass {wanted} itself, not a result of calling it."
-        )
-        return Report(task_id, 0.0, 0.0, task.points, (), message)
+        return unusable(task, type(candidate).__name__)
     # The task's own right answers are trusted; anybody else's call of them is a shortcut.
     trusted = any(candidate is own for own in (task.reference, *task.accepts))
     outcomes = run_all(call, bench.probes, frozenset() if trusted else task.forbidden, task.limit)

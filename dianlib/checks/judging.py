@@ -106,6 +106,8 @@ def problem(probe: Probe, got: Outcome, wanted: Outcome) -> str:
         return "This is still the stub: write your code in place of `raise NotImplementedError`."
     if got.error == "TimeLimit":
         return "It did not finish in time. Look for a loop that never ends."
+    if got.error == "Died":
+        return "Its process ended before it returned. Look for exit(), or for far too much memory."
     if got.error:
         return f"It raised {got.error_text}"
     for name, expected in wanted.values.items():
@@ -253,6 +255,16 @@ class Bench:
         return True
 
 
+def unusable(task: Task, type_name: str) -> Report:
+    """Report a candidate that cannot be called, or a task of answers that did not get a dictionary."""
+    wanted = "a dictionary of answers" if task.is_value else f"the function or class {task.signature}"
+    message = (
+        f"{task.id}: no points yet. This is of type {type_name}; "
+        f"pass {wanted} itself, not a result of calling it."
+    )
+    return Report(task.id, 0.0, 0.0, task.points, (), message)
+
+
 def judge(bench: Bench, outcomes: list[Outcome]) -> Report:
     """Turn the outcomes of a candidate on the bench's probes, the repetition last, into a report."""
     task, probes = bench.task, bench.probes
@@ -267,8 +279,10 @@ def judge(bench: Bench, outcomes: list[Outcome]) -> Report:
     if any(problems) or not repeated:
         diagnosis = bench.diagnose(outcomes, wanted)
         # What a learner got right beyond the core is worth its share; a wrong core is worth nothing.
-        score = 0.0 if core_failed else sum(passed) / sum(probe.weight for probe in probes)
+        score = 0.0 if core_failed or used else sum(passed) / sum(probe.weight for probe in probes)
         message = _explain(bench, outcomes, problems, diagnosis, score)
+        if used:
+            message += f"\nAnd {used} does work in it. The point of this task is to write it yourself."
     elif used:
         score = 0.0
         message = (
@@ -336,7 +350,8 @@ def _explain(
 
 def _says_why(outcome: Outcome) -> bool:
     """Tell whether what happened is its own explanation: the stub, no end, nothing returned."""
-    return outcome.error in ("NotImplementedError", "TimeLimit") or not (outcome.error or outcome.values)
+    own_explanation = outcome.error in ("NotImplementedError", "TimeLimit", "Died")
+    return own_explanation or not (outcome.error or outcome.values)
 
 
 def where(fault: Fault) -> str:

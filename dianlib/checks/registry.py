@@ -2,13 +2,23 @@
 
 import functools
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from dianlib.checks.task import Task
 
 # The chapters that have an assignment. A new chapter adds its slug here.
 CHAPTERS = ("metrics", "mlp")
+
+# The modules that hold the answers of a chapter. Students may import them in the chapters after it.
+REFERENCES = {"metrics": ("dianlib.metrics",), "mlp": ("dianlib.mlp", "dianlib.training")}
+TOOLS = ("dianlib.data", "dianlib.plotting")
+
+
+def open_modules(chapters: Iterable[str]) -> tuple[str, ...]:
+    """Return the modules of dianlib that an assignment with tasks of these chapters may use."""
+    first = min(CHAPTERS.index(chapter) for chapter in chapters)
+    return TOOLS + tuple(module for earlier in CHAPTERS[:first] for module in REFERENCES[earlier])
 
 
 @functools.cache

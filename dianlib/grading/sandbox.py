@@ -106,9 +106,13 @@ class Sandbox:
         try:
             return self._open()
         except wire.WireError:
-            self.close()
-            self._start(1)
+            self.renew()
             return self._open()
+
+    def renew(self) -> None:
+        """Start a warm process of one's own, in place of one that is gone or shared."""
+        self.close()
+        self._start(1)
 
     def close(self) -> None:
         """End the warm process, if it was started here, and everything in it."""

@@ -1,0 +1,328 @@
+"""Grade a whole class at once: ``dianlib grade ASSIGNMENT``.
+
+nbgrader does the grading, in this process, one submission after the other; here several such processes
+are forked after everything was imported once. Killed at any moment, a second run finishes the rest.
+"""
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from nbgrader.api import Gradebook
+from nbgrader.apps import NbGraderAPI
+from nbgrader.apps.baseapp import NbGrader
+from nbgrader.converters import Autograde
+from nbgrader.converters.base import NbGraderException
+from nbgrader.coursedir import CourseDirectory
+from traitlets.config import Config
+from traitlets.config.loader import ConfigFileNotFound
+
+from dianlib.grading import plugin, records
+from dianlib.grading.isolation import die_with_parent
+from dianlib.grading.records import Record
+from dianlib.grading.sandbox import Sandbox, SandboxError
+
+
+class GradingError(Exception):
+    """Grading cannot go on; the text is the sentence that the instructor reads."""
+
+
+class Course:
+    """A course folder with an ``nbgrader_config.py`` that plugs in this package."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+        self.records = self.root / "records"
+        if not (self.root / "nbgrader_config.py").is_file():
+            raise GradingError(
+                f"There is no nbgrader_config.py in {self.root}: run this in the course's folder."
+            )
+        self.config = self._load()
+        if "SafeExporter" not in str(self.config.Autograde.get("exporter_class", "")):
+            raise GradingError(
+                f"{self.root / 'nbgrader_config.py'} does not plug in the sandbox: take the section "
+                '"grading" from the file that comes with the course.'
+            )
+
+    def _load(self) -> Config:
+        app = NbGrader()
+        app.log_level = logging.ERROR
+        try:
+            app.load_config_file("nbgrader_config", path=[str(self.root)])
+        except ConfigFileNotFound:
+            raise GradingError(f"There is no nbgrader_config.py in {self.root}.") from None
+        except Exception as error:
+            raise GradingError(f"{self.root / 'nbgrader_config.py'} cannot be used: {error}") from None
+        config: Config = app.config
+        return config
+
+    @cached_property
+    def api(self) -> NbGraderAPI:
+        return NbGraderAPI(CourseDirectory(config=self.config), config=self.config)
+
+    def folder(self, assignment: str, student: str) -> Path:
+        """Return where a submission lies."""
+        return self.root / "submitted" / student / assignment
+
+    def submitted(self, assignment: str) -> list[str]:
+        """List the students who handed something in for an assignment."""
+        folders = (self.root / "submitted").glob(f"*/{assignment}")
+        return sorted(folder.parent.name for folder in folders if folder.is_dir())
+
+    def pending(self, assignment: str, force: bool = False) -> list[str]:
+        """List the students whose submission, as it is now, has not been graded; with ``force`` all."""
+        self._check(assignment)
+        return [
+            student
+            for student in self.submitted(assignment)
+            if force or not plugin.is_done(self.root, assignment, student, self.folder(assignment, student))
+        ]
+
+    def _check(self, assignment: str) -> None:
+        """Say early and once what would go wrong for each student."""
+        if "/" in assignment or not (self.root / "exercises" / assignment).is_dir():
+            known = sorted(path.name for path in (self.root / "exercises").glob("*") if path.is_dir())
+            raise GradingError(
+                f"There is no released assignment {assignment!r}; released are: {', '.join(known) or 'none'}."
+            )
+        try:
+            plugin.modules_of(self.root, assignment)
+            with Gradebook(self.api.coursedir.db_url, self.api.coursedir.course_id) as gradebook:
+                names = [found.name for found in gradebook.assignments]
+        except NbGraderException as error:
+            raise GradingError(str(error)) from None
+        if assignment not in names:
+            raise GradingError(
+                f"The gradebook does not know {assignment!r}: "
+                f"run `nbgrader generate_assignment {assignment}`."
+            )
+
+    def sandbox(self, assignment: str, channels: int = 1) -> Sandbox:
+        """Start the sandbox for an assignment before the first submission needs it."""
+        try:
+            judge = plugin.Judge(config=self.config)
+            return judge.sandbox(plugin.modules_of(self.root, assignment), channels)
+        except SandboxError as error:
+            raise GradingError(str(error)) from None
+
+    def add_students(self, students: Sequence[str]) -> None:
+        """Put new students into the gradebook, before several processes try to do it at once."""
+        coursedir = self.api.coursedir
+        with Gradebook(coursedir.db_url, coursedir.course_id) as gradebook:
+            known = {student.id for student in gradebook.students}
+            for student in students:
+                if student not in known:
+                    gradebook.add_student(student)
+
+    def grade(self, assignment: str, student: str) -> Record:
+        """Grade one submission in this process, whatever was graded before; return its record.
+
+        Raises GradingError when the fault is not the student's: no sandbox, no gradebook.
+        """
+        folder = self.folder(assignment, student)
+        here = Path.cwd()
+        os.chdir(self.root)
+        try:
+            if not any(folder.glob("*.ipynb")):
+                work = plugin.begin(self.root, assignment, student, folder)
+                plugin.missing_notebook(work, {f"{assignment}.ipynb"})
+                plugin.finish()
+            else:
+                records.remove(self.records, assignment, student)
+                said = self._autograde(assignment, student, folder)
+            record = records.read(self.records, assignment, student)
+        except NbGraderException as error:
+            raise GradingError(str(error)) from None
+        finally:
+            plugin.finish()
+            os.chdir(here)
+        if record is None:
+            raise GradingError(f"{student}: {said}")
+        return record
+
+    def _autograde(self, assignment: str, student: str, folder: Path) -> str:
+        """Have nbgrader grade one submission; return the last thing that it complained about."""
+        coursedir = self.api.coursedir
+        coursedir.assignment_id, coursedir.student_id = assignment, student
+        converter = Autograde(coursedir=coursedir, parent=self.api)
+        converter.force = True
+        # Not by a search for the name: an id may hold characters that a search takes for wildcards.
+        notebooks = sorted(str(path) for path in folder.glob("*.ipynb"))
+        converter.init_notebooks = lambda: converter.assignments.update({str(folder): notebooks})
+        last = _Last()
+        converter.log.addHandler(last)
+        try:
+            with contextlib.redirect_stderr(None):
+                converter.start()
+        except NbGraderException as error:
+            return last.text or str(error)
+        finally:
+            converter.log.removeHandler(last)
+        return last.text or "nbgrader did not grade it, and gave no reason."
+
+
+class _Last(logging.Handler):
+    """Remembers the last line of the last traceback that was logged."""
+
+    text = ""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        lines = record.getMessage().strip().splitlines()
+        if lines and lines[0].startswith("Traceback"):
+            self.text = lines[-1]
+
+
+# ----- many at once --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Summary:
+    """How a run ended: counts, and a sentence for each submission that has no grade."""
+
+    graded: int = 0
+    flagged: int = 0
+    failed: list[tuple[str, str]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def add(self, record: Record) -> None:
+        """Count a record."""
+        if record.status == "failed":
+            self.failed.append((record.student, record.reason))
+        else:
+            self.graded += 1
+            self.flagged += bool(record.flags)
+
+    def __str__(self) -> str:
+        lines = [f"{self.graded} graded, {self.flagged} of them flagged, {len(self.failed)} failed"]
+        lines += [f"  {student}: {reason}" for student, reason in self.failed]
+        return "\n".join(lines)
+
+
+def grade_all(
+    course: Course,
+    assignment: str,
+    jobs: int,
+    force: bool = False,
+    progress: Callable[[int, int, Summary], None] | None = None,
+) -> Summary:
+    """Grade all pending submissions in ``jobs`` processes; the results of earlier runs are counted too."""
+    began = time.monotonic()
+    pending = course.pending(assignment, force)
+    summary = Summary()
+    for student in sorted(set(course.submitted(assignment)) - set(pending)):
+        record = records.read(course.records, assignment, student)
+        if record is not None:
+            summary.add(record)
+    if pending:
+        jobs = min(jobs, len(pending))
+        course.sandbox(assignment, jobs)
+        course.add_students(pending)
+        for done, result in enumerate(_in_processes(course, assignment, pending, jobs), 1):
+            if isinstance(result, Record):
+                summary.add(result)
+            else:
+                summary.failed.append(result)
+            if progress:
+                progress(done, len(pending), summary)
+    summary.seconds = time.monotonic() - began
+    return summary
+
+
+@dataclass
+class _Worker:
+    number: int
+    process: BaseProcess
+    connection: Connection
+    student: str | None = None
+
+
+def _in_processes(
+    course: Course, assignment: str, students: Sequence[str], jobs: int
+) -> Iterator[Record | tuple[str, str]]:
+    """Yield the results in the order in which they come. A submission whose worker dies is tried again."""
+    waiting = list(reversed(students))
+    tried: dict[str, int] = {}
+    # Forked, not started anew: torch, nbgrader and the checks are in memory already.
+    context = multiprocessing.get_context("fork")
+    workers = [_start(context, course, assignment, number, private=False) for number in range(jobs)]
+    try:
+        while workers:
+            for worker in workers:
+                if worker.student is None and waiting:
+                    worker.student = waiting.pop()
+                    tried[worker.student] = tried.get(worker.student, 0) + 1
+                    with contextlib.suppress(BrokenPipeError):
+                        worker.connection.send(worker.student)
+            for worker in [worker for worker in workers if worker.student is None]:
+                worker.connection.close()  # there is no more work, so it ends
+                worker.process.join()
+                workers.remove(worker)
+            ready = wait([worker.connection for worker in workers])
+            for worker in [worker for worker in workers if worker.connection in ready]:
+                student = worker.student
+                assert student is not None
+                try:
+                    yield worker.connection.recv()
+                    worker.student = None
+                except (EOFError, ConnectionResetError):
+                    worker.process.join()
+                    workers.remove(worker)
+                    if tried[student] < 3:
+                        waiting.append(student)
+                    else:
+                        yield student, "the program that graded it was killed three times."
+                    if waiting:
+                        workers.append(_start(context, course, assignment, worker.number, private=True))
+    finally:
+        for worker in workers:
+            worker.process.kill()
+            worker.process.join()
+
+
+def _start(
+    context: multiprocessing.context.ForkContext, course: Course, assignment: str, number: int, private: bool
+) -> _Worker:
+    ours, its = context.Pipe()
+    process = context.Process(
+        target=_serve, args=(course, assignment, its, number, private, ours), daemon=True
+    )
+    process.start()
+    its.close()
+    return _Worker(number, process, ours)
+
+
+def _serve(
+    course: Course, assignment: str, connection: Connection, number: int, private: bool, other: Connection
+) -> None:
+    """Grade what the driver asks for until it has nothing more, or is gone."""
+    other.close()
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's business
+    sandbox = course.sandbox(assignment)
+    if private:
+        sandbox.renew()  # the channel of a dead worker is not to be trusted
+    else:
+        sandbox.use(number)
+    while True:
+        try:
+            student = connection.recv()
+        except EOFError:
+            break
+        try:
+            result: Record | tuple[str, str] = course.grade(assignment, student)
+        except GradingError as error:
+            result = (student, str(error))
+        connection.send(result)
+    sandbox.close()
