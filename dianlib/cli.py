@@ -81,6 +81,23 @@ def _parser() -> argparse.ArgumentParser:
     # Listed for the help; main hands everything behind it to dianlib.reproduce.
     command("reproduce", None, "Repeat an experiment of the book at full size, for example: reproduce mlp.")
 
+    overview = command("report", _overview, "For instructors: show what a class gets wrong, on one page.")
+    overview.add_argument("assignment", metavar="ASSIGNMENT")
+    overview.add_argument(
+        "--course",
+        type=Path,
+        default=Path(),
+        metavar="FOLDER",
+        help="the course's folder (default: this one)",
+    )
+    overview.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="where to write (default: reports/ASSIGNMENT in the course)",
+    )
+    overview.add_argument("--book", default="", metavar="URL", help="the published book, to link to it")
+
     serve = command("serve", _serve, "Show the built book on this computer, and print its address.")
     serve.add_argument("folder", type=Path, nargs="?", default=Path("_build/html"), metavar="FOLDER")
     serve.add_argument("--port", type=int, default=8000, help="the first port to try (default: 8000)")
@@ -170,6 +187,36 @@ def _reproduce(arguments: list[str]) -> int:
     from dianlib import reproduce
 
     return reproduce.main(arguments)
+
+
+# ----- instructors ---------------------------------------------------------------------------------------
+
+
+def _overview(options: argparse.Namespace) -> int:
+    from dianlib.grading.records import read_all
+    from dianlib.grading.report import write_report
+
+    if options.book and not options.book.startswith(("https://", "http://", "file://")):
+        raise CommandError(f"--book takes an address such as https://example.org/book, not {options.book!r}.")
+    records = read_all(options.course / "records", options.assignment)
+    if not records:
+        raise CommandError(
+            f"There are no records of {options.assignment!r} in {options.course / 'records'}: "
+            "grade first, with `dianlib grade`, or name the folder of the course with --course."
+        )
+    submitted = options.course / "submitted"
+    handed_in = None
+    if submitted.is_dir():
+        handed_in = [
+            student.name for student in submitted.iterdir() if (student / options.assignment).is_dir()
+        ]
+    folder = options.output or options.course / "reports" / options.assignment
+    try:
+        page = write_report(records, folder, handed_in, options.book)
+    except OSError as error:
+        raise CommandError(f"The report cannot be written to {folder}: {error.strerror}.") from None
+    print(f"The report is written: {page}")
+    return 0
 
 
 # ----- readers -------------------------------------------------------------------------------------------
