@@ -7,13 +7,13 @@ are forked after everything was imported once. Killed at any moment, a second ru
 import contextlib
 import logging
 import multiprocessing
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -23,8 +23,8 @@ from nbgrader.apps.baseapp import NbGrader
 from nbgrader.converters import Autograde
 from nbgrader.converters.base import NbGraderException
 from nbgrader.coursedir import CourseDirectory
+from tqdm import tqdm
 from traitlets.config import Config
-from traitlets.config.loader import ConfigFileNotFound
 
 from dianlib.grading import plugin, records
 from dianlib.grading.isolation import die_with_parent
@@ -54,12 +54,12 @@ class Course:
             )
 
     def _load(self) -> Config:
+        """Load the settings that nbgrader's own commands would load in this folder."""
         app = NbGrader()
         app.log_level = logging.ERROR
         try:
-            app.load_config_file("nbgrader_config", path=[str(self.root)])
-        except ConfigFileNotFound:
-            raise GradingError(f"There is no nbgrader_config.py in {self.root}.") from None
+            with contextlib.chdir(self.root):
+                app.load_config_file()
         except Exception as error:
             raise GradingError(f"{self.root / 'nbgrader_config.py'} cannot be used: {error}") from None
         config: Config = app.config
@@ -128,9 +128,11 @@ class Course:
 
         Raises GradingError when the fault is not the student's: no sandbox, no gradebook.
         """
-        folder = self.folder(assignment, student)
-        here = Path.cwd()
-        os.chdir(self.root)
+        with contextlib.chdir(self.root):
+            return self._grade(assignment, student, self.folder(assignment, student))
+
+    def _grade(self, assignment: str, student: str, folder: Path) -> Record:
+        said = ""
         try:
             if not any(folder.glob("*.ipynb")):
                 work = plugin.begin(self.root, assignment, student, folder)
@@ -144,7 +146,6 @@ class Course:
             raise GradingError(str(error)) from None
         finally:
             plugin.finish()
-            os.chdir(here)
         if record is None:
             raise GradingError(f"{student}: {said}")
         return record
@@ -205,7 +206,7 @@ class Summary:
             self.flagged += bool(record.flags)
 
     def __str__(self) -> str:
-        lines = [f"{self.graded} graded, {self.flagged} of them flagged, {len(self.failed)} failed"]
+        lines = [f"{self.graded} graded ({self.flagged} of them flagged), {len(self.failed)} failed"]
         lines += [f"  {student}: {reason}" for student, reason in self.failed]
         return "\n".join(lines)
 
@@ -220,6 +221,8 @@ def grade_all(
     """Grade all pending submissions in ``jobs`` processes; the results of earlier runs are counted too."""
     began = time.monotonic()
     pending = course.pending(assignment, force)
+    for student in pending if force else []:
+        records.remove(course.records, assignment, student)  # so that a second run knows what is left
     summary = Summary()
     for student in sorted(set(course.submitted(assignment)) - set(pending)):
         record = records.read(course.records, assignment, student)
@@ -229,6 +232,8 @@ def grade_all(
         jobs = min(jobs, len(pending))
         course.sandbox(assignment, jobs)
         course.add_students(pending)
+        if progress:
+            progress(0, len(pending), summary)
         for done, result in enumerate(_in_processes(course, assignment, pending, jobs), 1):
             if isinstance(result, Record):
                 summary.add(result)
@@ -238,6 +243,27 @@ def grade_all(
                 progress(done, len(pending), summary)
     summary.seconds = time.monotonic() - began
     return summary
+
+
+class Progress:
+    """A bar in the terminal, with the rate and the time that remains; it is silent where nobody looks."""
+
+    def __init__(self) -> None:
+        tqdm.monitor_interval = 0  # no thread of its own: processes are forked beside it
+        self._bar: tqdm[None] | None = None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, done: int, total: int, summary: Summary) -> None:
+        if self._bar is None:
+            self._bar = tqdm(total=total, unit="submission", disable=None, dynamic_ncols=True)
+        self._bar.set_postfix(flagged=summary.flagged, failed=len(summary.failed), refresh=False)
+        self._bar.update(done - self._bar.n)
 
 
 @dataclass
@@ -266,17 +292,24 @@ def _in_processes(
                     with contextlib.suppress(BrokenPipeError):
                         worker.connection.send(worker.student)
             for worker in [worker for worker in workers if worker.student is None]:
-                worker.connection.close()  # there is no more work, so it ends
+                # Not by closing the pipe: the workers that were forked later hold copies of its ends.
+                with contextlib.suppress(BrokenPipeError):
+                    worker.connection.send(None)
                 worker.process.join()
                 workers.remove(worker)
-            ready = wait([worker.connection for worker in workers])
-            for worker in [worker for worker in workers if worker.connection in ready]:
+            # A dead worker shows by its sentinel, for the same reason.
+            ends = set(wait([end for w in workers for end in (w.connection, w.process.sentinel)]))
+            for worker in [w for w in workers if ends & {w.connection, w.process.sentinel}]:
                 student = worker.student
                 assert student is not None
                 try:
-                    yield worker.connection.recv()
-                    worker.student = None
+                    result = worker.connection.recv() if worker.connection.poll() else None
                 except (EOFError, ConnectionResetError):
+                    result = None
+                if result is not None:
+                    worker.student = None
+                    yield result
+                else:
                     worker.process.join()
                     workers.remove(worker)
                     if tried[student] < 3:
@@ -291,23 +324,16 @@ def _in_processes(
             worker.process.join()
 
 
-def _start(
-    context: multiprocessing.context.ForkContext, course: Course, assignment: str, number: int, private: bool
-) -> _Worker:
+def _start(context: ForkContext, course: Course, assignment: str, number: int, private: bool) -> _Worker:
     ours, its = context.Pipe()
-    process = context.Process(
-        target=_serve, args=(course, assignment, its, number, private, ours), daemon=True
-    )
+    process = context.Process(target=_serve, args=(course, assignment, its, number, private), daemon=True)
     process.start()
     its.close()
     return _Worker(number, process, ours)
 
 
-def _serve(
-    course: Course, assignment: str, connection: Connection, number: int, private: bool, other: Connection
-) -> None:
-    """Grade what the driver asks for until it has nothing more, or is gone."""
-    other.close()
+def _serve(course: Course, assignment: str, connection: Connection, number: int, private: bool) -> None:
+    """Grade what the driver asks for until it has nothing more."""
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's business
     sandbox = course.sandbox(assignment)
@@ -315,11 +341,7 @@ def _serve(
         sandbox.renew()  # the channel of a dead worker is not to be trusted
     else:
         sandbox.use(number)
-    while True:
-        try:
-            student = connection.recv()
-        except EOFError:
-            break
+    while (student := connection.recv()) is not None:
         try:
             result: Record | tuple[str, str] = course.grade(assignment, student)
         except GradingError as error:

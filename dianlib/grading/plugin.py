@@ -25,7 +25,6 @@ from filelock import BaseFileLock, Timeout
 from nbconvert.exporters import NotebookExporter
 from nbformat import NotebookNode
 from nbformat.v4 import new_output
-from nbgrader.converters import Autograde
 from nbgrader.converters.base import NbGraderException
 from nbgrader.preprocessors import NbGraderPreprocessor
 from nbgrader.utils import is_grade, is_solution, parse_utc, rmtree
@@ -265,27 +264,21 @@ class SafeExporter(NotebookExporter):
     """Reads a submission as data from a stranger and hands on the release with its answers grafted in."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        if isinstance(self.parent, Autograde):
-            judge_ = Judge(parent=self.parent)
-            try:
-                judge_.sandbox(self._modules())
-            except SandboxError as error:
-                self.log.error("%s", error)
-                raise NbGraderException(str(error)) from None
-            self._take_up()
+        super().__init__(**settings)  # type: ignore[no-untyped-call]
+        # nbgrader makes its exporter before it looks at the first submission.
+        converter: Any = self.parent
+        self._course = Path(converter.coursedir.root)
+        try:
+            modules = modules_of(self._course, converter.coursedir.assignment_id)
+            Judge(parent=converter).sandbox(modules)
+        except SandboxError as error:
+            self.log.error("%s", error)
+            raise NbGraderException(str(error)) from None
+        self._take_up(converter)
 
-    @property
-    def _course(self) -> Path:
-        return Path(self.parent.coursedir.root)
-
-    def _modules(self) -> tuple[str, ...]:
-        assignment = self.parent.coursedir.assignment_id
-        return modules_of(self._course, assignment)
-
-    def _take_up(self) -> None:
+    def _take_up(self, converter: Any) -> None:
         """Have nbgrader grade again what a killed run left half done, and find ids with wildcards in them."""
-        coursedir, converter = self.parent.coursedir, self.parent
+        coursedir = converter.coursedir
         if coursedir.student_id == "*":
             for folder in sorted((self._course / "submitted").glob(f"*/{coursedir.assignment_id}")):
                 notebooks = [str(path) for path in sorted(folder.glob("*.ipynb"))]
@@ -322,7 +315,7 @@ class SafeExporter(NotebookExporter):
         for flag in flags:
             self.log.warning("%s: %s", _work.student, flag.text)
         resources["metadata"] = {"name": name, "path": str(Path(filename).parent)}
-        return self.from_notebook_node(notebook, resources=resources, **settings)
+        return self.from_notebook_node(notebook, resources=resources, **settings)  # type: ignore[no-untyped-call]
 
 
 def modules_of(course: Path, assignment: str) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ class TaskRecord:
     """What one task of one submission got.
 
     ``state`` is "right", "wrong", "stub", "missing" (the name was never defined), "refused" (a forbidden
-    shortcut) or "limit" (out of time or memory, or its process died). ``answer`` is the code that was handed in.
+    shortcut) or "limit" (out of time or memory, or its process died). ``answer`` is the student's code.
     """
 
     cell: str
@@ -140,7 +140,7 @@ def _secret(folder: Path) -> bytes:
     with FileLock(folder / ".secret.lock"):
         if not file.exists():
             unfinished = folder / f".secret-{os.getpid()}"
-            with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
-                stream.write(secrets.token_hex(32) + "\n")
+            unfinished.touch(mode=0o600)
+            unfinished.write_text(secrets.token_hex(32) + "\n")
             unfinished.replace(file)
     return file.read_bytes()
