@@ -123,7 +123,7 @@ class TaskView:
         """Say why the task does not tell strong from weak students, or "" where it does, or nobody knows."""
         if self.correlation is None or self.correlation >= LOW_CORRELATION:
             return ""
-        if self.correlation < 0:
+        if self.correlation <= -LOW_CORRELATION:
             return "students who do well in the other tasks do worse here; read the task and its check again."
         if self.mean > 0.9:
             return "too easy to tell: almost everybody has it right."
@@ -395,6 +395,10 @@ class _Private:
         return WORD.sub(lambda word: "name" if word[0].casefold() in self._names else word[0], text)
 
     def code(self, task: TaskRecord) -> str:
+        """Return an answer without anything that tells who wrote it."""
+        return self.without_names(self._bare(task))
+
+    def _bare(self, task: TaskRecord) -> str:
         """Return an answer without comments, empty lines, docstrings and texts of one student alone."""
         shared = self._shared_texts(task.task)
 
@@ -407,7 +411,7 @@ class _Private:
         text = TEXT_OR_COMMENT.sub(replace, task.answer[:LONGEST_EXAMPLE].expandtabs(4))
         lines = [line.rstrip() for line in text.splitlines()]
         kept = [line for line in lines if line and line.strip() not in ('"…"', "'…'")]
-        return self.without_names("\n".join(kept))
+        return "\n".join(kept)
 
     def _shared_texts(self, task: str) -> frozenset[str]:
         """Texts that at least two students wrote: keys of a dictionary, a word of the task."""
@@ -421,12 +425,13 @@ class _Private:
 
     def examples(self, tasks: Iterable[TaskRecord], number: int) -> list[str]:
         """Return the code of the shortest different answers; one with a single mistake shows it best."""
-        answers = [(task, self.code(task)) for task in tasks if len(task.answer) <= LONGEST_EXAMPLE]
+        answers = [(task, self._bare(task)) for task in tasks if len(task.answer) <= LONGEST_EXAMPLE]
         answers.sort(key=lambda pair: (len(pair[0].diagnosis), len(pair[1])))
         different: dict[str, str] = {}
         for _, code in answers:
             different.setdefault(re.sub(r"\s", "", code), code)
-        return [_cut(code) for code in different.values() if code][:number]
+        shortest = [code for code in different.values() if code][:number]
+        return [_cut(self.without_names(code)) for code in shortest]
 
     def message(self, task: TaskRecord) -> str:
         """Return a report without the line of code that it quotes and without the student's own words."""
