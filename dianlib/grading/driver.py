@@ -26,7 +26,7 @@ from nbgrader.coursedir import CourseDirectory
 from tqdm import tqdm
 from traitlets.config import Config
 
-from dianlib.grading import plugin, records
+from dianlib.grading import plugin, records, release, work
 from dianlib.grading.isolation import die_with_parent
 from dianlib.grading.records import Record
 from dianlib.grading.sandbox import Sandbox, SandboxError
@@ -84,7 +84,7 @@ class Course:
         return [
             student
             for student in self.submitted(assignment)
-            if force or not plugin.is_done(self.root, assignment, student, self.folder(assignment, student))
+            if force or not work.is_done(self.root, assignment, student, self.folder(assignment, student))
         ]
 
     def _check(self, assignment: str) -> None:
@@ -95,10 +95,10 @@ class Course:
                 f"There is no released assignment {assignment!r}; released are: {', '.join(known) or 'none'}."
             )
         try:
-            plugin.modules_of(self.root, assignment)
+            release.modules_of(self.root, assignment)
             with Gradebook(self.api.coursedir.db_url, self.api.coursedir.course_id) as gradebook:
                 names = [found.name for found in gradebook.assignments]
-        except NbGraderException as error:
+        except (NbGraderException, release.Unusable) as error:
             raise GradingError(str(error)) from None
         if assignment not in names:
             raise GradingError(
@@ -110,7 +110,7 @@ class Course:
         """Start the sandbox for an assignment before the first submission needs it."""
         try:
             judge = plugin.Judge(config=self.config)
-            return judge.sandbox(plugin.modules_of(self.root, assignment), channels)
+            return judge.sandbox(release.modules_of(self.root, assignment), channels)
         except SandboxError as error:
             raise GradingError(str(error)) from None
 
@@ -135,17 +135,17 @@ class Course:
         said = ""
         try:
             if not any(folder.glob("*.ipynb")):
-                work = plugin.begin(self.root, assignment, student, folder)
-                plugin.missing_notebook(work, {f"{assignment}.ipynb"})
-                plugin.finish()
+                expected = {f"{name}.ipynb" for name in release.notebooks(self.root, assignment)}
+                work.begin(self.root, assignment, student, folder).lacks_notebook(expected)
+                work.finish()
             else:
                 records.remove(self.records, assignment, student)
                 said = self._autograde(assignment, student, folder)
             record = records.read(self.records, assignment, student)
-        except NbGraderException as error:
+        except (NbGraderException, work.Busy) as error:
             raise GradingError(str(error)) from None
         finally:
-            plugin.finish()
+            work.finish()
         if record is None:
             raise GradingError(f"{student}: {said}")
         return record

@@ -8,7 +8,7 @@ from typing import Any
 from nbgrader.api import MissingEntry
 from nbgrader.plugins import ExportPlugin
 
-from dianlib.grading import plugin, records
+from dianlib.grading import records, work
 
 COLUMNS = (
     *("assignment", "duedate", "timestamp", "student_id", "last_name", "first_name", "email"),
@@ -66,7 +66,7 @@ class GradedOnly(ExportPlugin):  # type: ignore[misc]
         record = records.read(course / "records", assignment, student)
         if not folder.is_dir():
             return "not submitted"
-        if record is None or not plugin.is_done(course, assignment, student, folder):
+        if record is None or not work.is_done(course, assignment, student, folder):
             return "not graded"
         if record.status == "failed":
             return "failed"

@@ -1,49 +1,36 @@
 """What nbgrader's plain commands use of this package, plugged in through its own traits.
 
-``nbgrader_config.py`` names four parts: SafeExporter reads a submission and grafts it into the release, Judge
-runs it in the sandbox and writes the judge's scores where nbgrader reads them, ``before`` and ``after``
-stand around each submission. nbgrader itself stays as it is, formgrader's button included.
+``nbgrader_config.py`` names three parts: SafeExporter reads a submission and grafts it into the release,
+Judge runs it in the sandbox and writes the judge's points where nbgrader reads them, and ``after`` writes
+down that a submission is done. nbgrader itself stays as it is, formgrader's button included.
 """
 
 import atexit
 import hashlib
 import hmac
 import os
-import shutil
-import stat
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
-from fnmatch import fnmatch
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import nbformat
-from filelock import BaseFileLock, Timeout
+from filelock import Timeout
 from nbconvert.exporters import NotebookExporter
 from nbformat import NotebookNode
 from nbformat.v4 import new_output
 from nbgrader.converters.base import NbGraderException
 from nbgrader.preprocessors import NbGraderPreprocessor
-from nbgrader.utils import is_grade, is_solution, parse_utc, rmtree
+from nbgrader.utils import is_solution, rmtree
 from sqlalchemy import Engine, event
 from traitlets import Float, Integer
 
-from dianlib.checks import registry
 from dianlib.checks.judging import Bench, Report, judge, unusable
 from dianlib.checks.task import Task
-from dianlib.grading import reading, records, shortcuts
-from dianlib.grading.graft import asked, graft, mark
+from dianlib.grading import reading, records, release, shortcuts, work
+from dianlib.grading.graft import graft, mark
 from dianlib.grading.isolation import Limits
-from dianlib.grading.records import Flag, Record, TaskRecord
+from dianlib.grading.records import Flag, TaskRecord
 from dianlib.grading.sandbox import Sandbox, SandboxError
 from dianlib.grading.session import Answer, Session, Shown, Times
-
-OWN_FILES = ("timestamp.txt", "submission_secret.txt", "user_info.json")
-MAX_FILES = 20
-LOCK_SECONDS = 900.0
 
 
 @event.listens_for(Engine, "connect")
@@ -53,197 +40,7 @@ def _wait_for_others(connection: Any, _: Any) -> None:
         connection.execute("PRAGMA busy_timeout = 60000")
 
 
-# ----- the submission at hand ----------------------------------------------------------------------------
-
-
-@dataclass
-class Work:
-    """The submission that this process is grading; nbgrader grades one at a time."""
-
-    course: Path
-    assignment: str
-    student: str
-    folder: Path
-    lock: BaseFileLock | None
-    submission: str
-    began: float = field(default_factory=time.monotonic)
-    reason: str = ""
-    flags: list[Flag] = field(default_factory=list)
-    tasks: list[TaskRecord] = field(default_factory=list)
-
-    @property
-    def records(self) -> Path:
-        return self.course / "records"
-
-    @property
-    def seed(self) -> str:
-        return records.seed(self.records, self.assignment, self.student, self.submission)
-
-    def write(self) -> None:
-        """Write the record: from now on this submission is done."""
-        record = Record(
-            assignment=self.assignment,
-            student=self.student,
-            status="failed" if self.reason else "graded",
-            reason=self.reason,
-            submission=self.submission,
-            seed=self.seed,
-            finished=datetime.now(UTC).isoformat(timespec="seconds"),
-            seconds=round(time.monotonic() - self.began, 3),
-            flags=tuple(dict.fromkeys(self.flags)),
-            tasks=tuple(self.tasks),
-        )
-        records.write(self.records, record)
-
-
-_work: Work | None = None
-
-
-def begin(course: Path, assignment: str, student: str, folder: Path) -> Work:
-    """Take the lock of a submission, set aside what is not to be copied, and remember what was handed in."""
-    global _work
-    finish()
-    lock = records.lock(course / "records", assignment, student)
-    try:
-        lock.acquire(timeout=LOCK_SECONDS)
-    except Timeout:
-        minutes = f"{LOCK_SECONDS / 60:.0f} minutes"
-        raise NbGraderException(f"Another program has been grading {student} for {minutes}.") from None
-    flags = list(_set_aside(course, student, assignment, folder))
-    records.remove(course / "records", assignment, student)
-    _work = Work(course, assignment, student, folder, lock, reading.fingerprint(folder), flags=flags)
-    return _work
-
-
-def finish() -> None:
-    """Give the lock of the last submission back."""
-    global _work
-    if _work is not None and _work.lock is not None:
-        _work.lock.release()
-    _work = None
-
-
-def before(assignment: str, student: str, notebooks: Sequence[str], **_: Any) -> None:
-    """Stand before nbgrader copies a submission. It has ids with wildcards, so the path tells who it is."""
-    folder = Path(notebooks[0]).absolute().parent
-    work = begin(Path.cwd(), folder.name, folder.parent.name, folder)
-    expected = {f"{name}.ipynb" for name in _released(Path.cwd(), work.assignment)}
-    found = {Path(notebook).name for notebook in notebooks}
-    if not expected & found:
-        missing_notebook(work, expected)
-
-
-def missing_notebook(work: Work, expected: set[str]) -> None:
-    """Record that the notebook of an assignment is not there, and which ones are."""
-    there = sorted(path.name for path in work.folder.glob("*.ipynb"))
-    wanted = " or ".join(sorted(expected)) or "a notebook"
-    work.reason = f"There is no {wanted}; " + (
-        f"found: {', '.join(there)}." if there else "nothing is there."
-    )
-    work.flags.append(Flag("missing-notebook", work.reason))
-    work.write()
-
-
-def after(**_: Any) -> None:
-    """Stand after a submission, when all its grades are in the gradebook: write the record."""
-    if _work is not None:
-        _work.write()
-    finish()
-
-
-def _set_aside(course: Path, student: str, assignment: str, folder: Path) -> Iterator[Flag]:
-    """Move out of a submission what nbgrader must not copy: links, pipes, folders, big files."""
-    small_files = 0
-    for path in sorted(folder.iterdir()):
-        status = path.lstat()
-        if path.name == "timestamp.txt" and stat.S_ISREG(status.st_mode):
-            if _is_time(path):
-                continue
-            kind, text = (
-                "timestamp",
-                "timestamp.txt holds no time; it counts as handed in without a time.",
-            )
-        elif path.suffix == ".ipynb" or (path.name in OWN_FILES and stat.S_ISREG(status.st_mode)):
-            continue  # notebooks are read with care later
-        elif path.name in (".ipynb_checkpoints", ".DS_Store", "__pycache__"):
-            continue  # nbgrader leaves them out
-        else:
-            is_small_file = stat.S_ISREG(status.st_mode) and status.st_size <= reading.MAX_FILE
-            small_files += is_small_file
-            if is_small_file and small_files <= MAX_FILES:
-                continue
-            kind, text = (
-                "quarantined",
-                f"{path.name!r} was set aside: only a few small files may be handed in.",
-            )
-        target = course / "quarantine" / student / assignment / path.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.is_dir() and not target.is_symlink():
-            shutil.rmtree(target)
-        else:
-            target.unlink(missing_ok=True)
-        path.rename(target)
-        yield Flag(kind, text)
-
-
-def _is_time(path: Path) -> bool:
-    try:
-        return parse_utc(reading.read_file(path, 1_000).decode().strip()) is not None
-    except (reading.Unreadable, ValueError, OverflowError, AttributeError):
-        return False
-
-
-def is_done(course: Path, assignment: str, student: str, folder: Path) -> bool:
-    """Tell whether exactly this submission has been graded, or was found to be unreadable."""
-    record = records.read(course / "records", assignment, student)
-    return record is not None and record.submission == reading.fingerprint(folder)
-
-
-# ----- the release -----------------------------------------------------------------------------------------
-
-
-@cache
-def _release(path: Path, _: float) -> NotebookNode:
-    notebook: NotebookNode = nbformat.read(path, as_version=4)
-    return notebook
-
-
-def _released(course: Path, assignment: str) -> list[str]:
-    return sorted(path.stem for path in (course / "exercises" / assignment).glob("*.ipynb"))
-
-
-def release_notebook(path: Path) -> NotebookNode:
-    """Read a released notebook; it is read again when it has changed."""
-    try:
-        return _release(path, path.stat().st_mtime)
-    except FileNotFoundError:
-        raise NbGraderException(
-            f"There is no {path}: run `nbgrader generate_assignment {path.parent.name}` first."
-        ) from None
-
-
-def tasks_of(notebook: NotebookNode, name: str) -> dict[str, list[tuple[Task, str]]]:
-    """Return what each check cell asks for: grade id -> (task, name of the answer)."""
-    known = registry.tasks()
-    found = {}
-    for cell in notebook.cells:
-        if cell.cell_type == "code" and is_grade(cell) and not is_solution(cell):
-            pairs = asked(cell)
-            unknown = [task for task, _ in pairs if task not in known]
-            if not pairs or unknown:
-                what = (
-                    f"the task {unknown[0]!r}, which is not known" if unknown else "no `check(...)` of a task"
-                )
-                raise NbGraderException(
-                    f"{name}: the autograded cell {mark(cell, 'grade_id')!r} holds {what}, so it cannot be "
-                    "judged from outside. Call check there, or make it a manually graded cell."
-                )
-            found[mark(cell, "grade_id")] = [(known[task], answer) for task, answer in pairs]
-    return found
-
-
 # ----- the sandbox of an assignment ------------------------------------------------------------------------
-
 _sandboxes: dict[tuple[str, ...], Sandbox] = {}
 
 
@@ -257,7 +54,7 @@ def sandbox_for(modules: tuple[str, ...], limits: Limits, channels: int = 1) -> 
     return _sandboxes[modules]
 
 
-# ----- nbgrader's parts ------------------------------------------------------------------------------------
+# ----- reading ---------------------------------------------------------------------------------------------
 
 
 class SafeExporter(NotebookExporter):
@@ -269,12 +66,24 @@ class SafeExporter(NotebookExporter):
         converter: Any = self.parent
         self._course = Path(converter.coursedir.root)
         try:
-            modules = modules_of(self._course, converter.coursedir.assignment_id)
+            modules = release.modules_of(self._course, converter.coursedir.assignment_id)
             Judge(parent=converter).sandbox(modules)
-        except SandboxError as error:
+        except (SandboxError, release.Unusable) as error:
             self.log.error("%s", error)
             raise NbGraderException(str(error)) from None
         self._take_up(converter)
+        # Not by nbgrader's hook before a submission: what that raises is lost, and files are copied all the same.
+        self._init_assignment = converter.init_assignment
+        converter.init_assignment = self._begin
+
+    def _begin(self, assignment: str, student: str) -> None:
+        """Lock a submission and look through its files before nbgrader copies them."""
+        folder = self._course / "submitted" / student / assignment
+        at_hand = work.begin(self._course, assignment, student, folder)
+        expected = {f"{name}.ipynb" for name in release.notebooks(self._course, assignment)}
+        if not any((folder / name).exists() for name in expected):
+            at_hand.lacks_notebook(expected)
+        self._init_assignment(assignment, student)
 
     def _take_up(self, converter: Any) -> None:
         """Have nbgrader grade again what a killed run left half done, and find ids with wildcards in them."""
@@ -288,7 +97,7 @@ class SafeExporter(NotebookExporter):
             folder = Path(name)
             assignment, student = folder.name, folder.parent.name
             graded = self._course / "autograded" / student / assignment
-            if graded.exists() and not is_done(self._course, assignment, student, folder):
+            if graded.exists() and not work.is_done(self._course, assignment, student, folder):
                 try:
                     with records.lock(self._course / "records", assignment, student).acquire(timeout=0):
                         rmtree(str(graded))
@@ -297,38 +106,37 @@ class SafeExporter(NotebookExporter):
                     self.log.warning("%s: another program is grading this submission.", student)
 
     def from_filename(self, filename: str, resources: Any = None, **settings: Any) -> Any:
-        """Read a submission safely; nbgrader's own, already grafted notebooks are read as always."""
-        if _work is None or Path(filename).absolute().parent != _work.folder:
+        """Read a submission safely; the notebook that was made of it is read as always."""
+        at_hand = work.current()
+        assert at_hand is not None
+        if Path(filename).absolute().parent != at_hand.folder:
             return super().from_filename(filename, resources=resources, **settings)
         name = Path(filename).stem
-        release = release_notebook(self._course / "exercises" / _work.assignment / f"{name}.ipynb")
         try:
             handed_in = reading.read_notebook(Path(filename))
         except reading.Unreadable as reason:
-            # Graded as far as possible, which is not at all: the student learns why from the feedback.
-            _work.reason = str(reason)
-            _work.flags.append(Flag("unreadable", str(reason)))
+            # Graded as far as possible, which is not at all: the feedback tells the student why.
+            at_hand.reason = str(reason)
+            at_hand.flags.append(Flag("unreadable", str(reason)))
             handed_in = []
-        notebook, flags = graft(release, handed_in)
-        if not _work.reason:
-            _work.flags += flags
-        for flag in flags:
-            self.log.warning("%s: %s", _work.student, flag.text)
+        skeleton = release.notebooks(self._course, at_hand.assignment)[name]
+        notebook, flags = graft(skeleton, handed_in)
+        at_hand.flags += [] if at_hand.reason else flags
+        for flag in at_hand.flags:
+            self.log.warning("%s: %s", at_hand.student, flag.text)
         resources["metadata"] = {"name": name, "path": str(Path(filename).parent)}
         return self.from_notebook_node(notebook, resources=resources, **settings)  # type: ignore[no-untyped-call]
 
 
-def modules_of(course: Path, assignment: str) -> tuple[str, ...]:
-    """Return the modules of dianlib that the students of an assignment may import."""
-    chapters = {
-        task.chapter
-        for name in _released(course, assignment)
-        for pairs in tasks_of(
-            release_notebook(course / "exercises" / assignment / f"{name}.ipynb"), name
-        ).values()
-        for task, _ in pairs
-    }
-    return registry.open_modules(chapters) if chapters else registry.TOOLS
+def after(**_: Any) -> None:
+    """Stand after a submission, when all its grades are in the gradebook: write its record."""
+    at_hand = work.current()
+    if at_hand is not None:
+        at_hand.write()
+    work.finish()
+
+
+# ----- judging ---------------------------------------------------------------------------------------------
 
 
 class Judge(NbGraderPreprocessor):  # type: ignore[misc]
@@ -353,80 +161,71 @@ class Judge(NbGraderPreprocessor):  # type: ignore[misc]
 
     def preprocess(self, notebook: NotebookNode, resources: Any) -> tuple[NotebookNode, Any]:
         """Run and judge one notebook."""
-        assert _work is not None
+        at_hand = work.current()
+        assert at_hand is not None
         name = resources["nbgrader"]["notebook"]
-        course = _work.course
-        release = release_notebook(course / "exercises" / _work.assignment / f"{name}.ipynb")
-        tasks = tasks_of(release, name)
+        tasks = release.tasks_of(release.notebooks(at_hand.course, at_hand.assignment)[name])
+        sandbox = self.sandbox(release.modules_of(at_hand.course, at_hand.assignment))
         times = Times(self.cell_seconds, self.submission_seconds)
-        session = Session(self.sandbox(modules_of(course, _work.assignment)), times, _files(_work.folder))
+        session = Session(sandbox, times, at_hand.files())
         try:
-            self._run(notebook, tasks, session, _work, name)
+            _Grading(session, at_hand, name).run(notebook, tasks)
         finally:
             session.close()
-        _work.flags += session.flags
+        at_hand.flags += session.flags
         for flag in session.flags:
-            self.log.warning("%s: %s", _work.student, flag.text)
+            self.log.warning("%s: %s", at_hand.student, flag.text)
         return notebook, resources
 
-    def _run(
-        self,
-        notebook: NotebookNode,
-        tasks: dict[str, list[tuple[Task, str]]],
-        session: Session,
-        work: Work,
-        name: str,
-    ) -> None:
-        sources: list[str] = []
-        waiting: list[tuple[NotebookNode, str]] = []
-        judged: dict[str, tuple[NotebookNode, list[TaskRecord]]] = {}
+
+class _Grading:
+    """Goes through one notebook: runs its cells in order and judges the answers where they are asked for."""
+
+    def __init__(self, session: Session, at_hand: work.Work, notebook: str) -> None:
+        self.session = session
+        self.work = at_hand
+        self.notebook = notebook
+        self.sources: list[str] = []
+
+    def run(self, notebook: NotebookNode, tasks: dict[str, list[tuple[Task, str]]]) -> None:
+        """Run and judge all cells, and write what they showed and what they got as their outputs."""
+        judged: dict[str, list[TaskRecord]] = {}
+        answers: dict[str, str] = {}
         answer = ""
-        number = 0
-        for cell in notebook.cells:
-            if cell.cell_type == "code" and is_solution(cell):
-                answer = cell.source
-            if cell.cell_type != "code":
-                continue
-            number += 1
+        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        for number, cell in enumerate(code, 1):
             cell.execution_count, cell.outputs = number, []
             grade_id = mark(cell, "grade_id")
+            if is_solution(cell):
+                answer = cell.source
             if grade_id in tasks:
-                found = self._judge(tasks[grade_id], session, sources, work, name, grade_id, answer)
-                judged[grade_id] = (cell, found)
-                if any(result.state == "missing" for result in found):
-                    waiting.append((cell, answer))
+                answers[grade_id] = answer
+                judged[grade_id] = self._judge(tasks[grade_id], grade_id, answer)
             elif cell.source.strip():
-                sources.append(cell.source)
-                cell.outputs = _outputs(session.cell(cell.source), number)
+                self.sources.append(cell.source)
+                cell.outputs = _outputs(self.session.cell(cell.source))
         # An answer may stand below its check cell, in a notebook whose cells were moved.
-        for cell, answer in waiting:
-            grade_id = mark(cell, "grade_id")
-            found = self._judge(tasks[grade_id], session, sources, work, name, grade_id, answer)
-            judged[grade_id] = (cell, found)
-        for cell, found in judged.values():
-            work.tasks += found
-            _write_points(cell, found, work.reason)
+        for grade_id, found in judged.items():
+            if any(result.state == "missing" for result in found):
+                judged[grade_id] = self._judge(tasks[grade_id], grade_id, answers[grade_id])
+        for cell in code:
+            if mark(cell, "grade_id") in judged:
+                found = judged[mark(cell, "grade_id")]
+                self.work.tasks += found
+                _write_points(cell, found, self.work.reason)
 
-    def _judge(
-        self,
-        pairs: list[tuple[Task, str]],
-        session: Session,
-        sources: list[str],
-        work: Work,
-        notebook: str,
-        grade_id: str,
-        answer: str,
-    ) -> list[TaskRecord]:
+    def _judge(self, asked_for: list[tuple[Task, str]], grade_id: str, answer: str) -> list[TaskRecord]:
         found = []
-        for task, name in pairs:
-            key = hmac.new(bytes.fromhex(work.seed), task.id.encode(), hashlib.sha256).digest()
+        for task, name in asked_for:
+            # The inputs of a task depend on nothing but the seed and the task.
+            key = hmac.new(bytes.fromhex(self.work.seed), task.id.encode(), hashlib.sha256).digest()
             bench = Bench(task, int.from_bytes(key[:7]))
-            report, state = _report(task, name, bench, session, sources)
+            report, state = _report(task, name, bench, self.session, self.sources)
             found.append(
                 TaskRecord(
                     cell=grade_id,
                     task=task.id,
-                    notebook=notebook,
+                    notebook=self.notebook,
                     points=report.points,
                     max_points=report.max_points,
                     score=report.score,
@@ -468,17 +267,7 @@ def _state(report: Report, answer: Answer) -> str:
     return "limit" if errors[0] in ("TimeLimit", "Died") else "wrong"
 
 
-def _files(folder: Path) -> dict[str, bytes]:
-    """Read the small files that were handed in beside the notebooks."""
-    names = [path for path in sorted(folder.iterdir()) if path.name not in OWN_FILES]
-    return {
-        path.name: reading.read_file(path, reading.MAX_FILE)
-        for path in names
-        if path.is_file() and path.suffix != ".ipynb" and not fnmatch(path.name, ".*")
-    }
-
-
-def _outputs(shown: Shown, number: int) -> list[NotebookNode]:
+def _outputs(shown: Shown) -> list[NotebookNode]:
     """Make the outputs of a cell for the notebook that people will see: text and pictures only."""
     outputs = []
     if shown.text:

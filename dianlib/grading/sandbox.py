@@ -119,8 +119,11 @@ class Sandbox:
         for channel in self._channels:
             channel.close()
         if self._owner == os.getpid():
-            self._bubblewrap.kill()
-            self._bubblewrap.wait()
+            try:
+                self._bubblewrap.wait(timeout=5)  # it leaves when nobody speaks to it any more
+            except subprocess.TimeoutExpired:
+                self._bubblewrap.kill()
+                self._bubblewrap.wait()
 
     def _open(self) -> Box:
         ours, its = socket.socketpair()

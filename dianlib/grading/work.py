@@ -1,0 +1,156 @@
+"""The submission at hand: its lock, what is set aside before it is copied, and its record in the making."""
+
+import shutil
+import stat
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from filelock import BaseFileLock, Timeout
+from nbgrader.utils import parse_utc
+
+from dianlib.grading import reading, records
+from dianlib.grading.records import Flag, Record, TaskRecord
+
+OWN_FILES = ("timestamp.txt", "submission_secret.txt", "user_info.json")  # what `nbgrader submit` adds
+IGNORED = (".ipynb_checkpoints", ".DS_Store", "__pycache__")  # nbgrader does not copy these
+MAX_FILES = 20
+LOCK_SECONDS = 900.0
+
+
+class Busy(Exception):
+    """Another program is grading the same submission; the text says so."""
+
+
+@dataclass
+class Work:
+    """The submission that this process is grading; nbgrader grades one at a time."""
+
+    course: Path
+    assignment: str
+    student: str
+    folder: Path
+    lock: BaseFileLock | None
+    submission: str
+    began: float = field(default_factory=time.monotonic)
+    reason: str = ""
+    flags: list[Flag] = field(default_factory=list)
+    tasks: list[TaskRecord] = field(default_factory=list)
+
+    @property
+    def records(self) -> Path:
+        return self.course / "records"
+
+    @property
+    def seed(self) -> str:
+        return records.seed(self.records, self.assignment, self.student, self.submission)
+
+    def write(self) -> None:
+        """Write the record: from now on this submission is done."""
+        record = Record(
+            assignment=self.assignment,
+            student=self.student,
+            status="failed" if self.reason else "graded",
+            reason=self.reason,
+            submission=self.submission,
+            seed=self.seed,
+            finished=datetime.now(UTC).isoformat(timespec="seconds"),
+            seconds=round(time.monotonic() - self.began, 3),
+            flags=tuple(dict.fromkeys(self.flags)),
+            tasks=tuple(self.tasks),
+        )
+        records.write(self.records, record)
+
+    def lacks_notebook(self, expected: set[str]) -> None:
+        """Record that the notebook of the assignment is not there, and which ones are."""
+        there = ", ".join(sorted(path.name for path in self.folder.glob("*.ipynb")))
+        wanted = " or ".join(sorted(expected)) or "notebook"
+        self.reason = f"There is no {wanted} in it; " + (
+            f"found: {there}." if there else "no notebook at all."
+        )
+        self.flags.append(Flag("missing-notebook", self.reason))
+        self.write()
+
+    def files(self) -> dict[str, bytes]:
+        """Read the small files that were handed in beside the notebooks."""
+        return {
+            path.name: reading.read_file(path, reading.MAX_FILE)
+            for path in sorted(self.folder.iterdir())
+            if path.is_file() and path.suffix != ".ipynb" and path.name not in (*OWN_FILES, *IGNORED)
+        }
+
+
+_work: Work | None = None
+
+
+def begin(course: Path, assignment: str, student: str, folder: Path) -> Work:
+    """Take the lock of a submission, set aside what is not to be copied, and remember what was handed in."""
+    global _work
+    finish()
+    lock = records.lock(course / "records", assignment, student)
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        minutes = f"{LOCK_SECONDS / 60:.0f} minutes"
+        raise Busy(f"Another program has been grading {student} for {minutes}.") from None
+    flags = list(_set_aside(course, student, assignment, folder))
+    records.remove(course / "records", assignment, student)
+    _work = Work(course, assignment, student, folder, lock, reading.fingerprint(folder), flags=flags)
+    return _work
+
+
+def finish() -> None:
+    """Give the lock of the last submission back."""
+    global _work
+    if _work is not None and _work.lock is not None:
+        _work.lock.release()
+    _work = None
+
+
+def current() -> Work | None:
+    """Return the submission that this process is grading."""
+    return _work
+
+
+def _set_aside(course: Path, student: str, assignment: str, folder: Path) -> Iterator[Flag]:
+    """Move out of a submission what nbgrader must not copy: links, pipes, folders, big files."""
+    small_files = 0
+    for path in sorted(folder.iterdir()):
+        status = path.lstat()
+        if path.name == "timestamp.txt" and stat.S_ISREG(status.st_mode):
+            if _is_time(path):
+                continue
+            flag = Flag("timestamp", "timestamp.txt holds no time; this counts as handed in without one.")
+        elif path.suffix == ".ipynb" or (path.name in OWN_FILES and stat.S_ISREG(status.st_mode)):
+            continue  # notebooks are read with care later
+        elif path.name in IGNORED:
+            continue
+        else:
+            is_small_file = stat.S_ISREG(status.st_mode) and status.st_size <= reading.MAX_FILE
+            small_files += is_small_file
+            if is_small_file and small_files <= MAX_FILES:
+                continue
+            flag = Flag("quarantined", f"{path.name!r} was set aside: only small files may come along.")
+        target = course / "quarantine" / student / assignment / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
+        path.rename(target)
+        yield flag
+
+
+def _is_time(path: Path) -> bool:
+    try:
+        return parse_utc(reading.read_file(path, 1_000).decode().strip()) is not None
+    except (reading.Unreadable, ValueError, OverflowError, AttributeError):
+        return False
+
+
+def is_done(course: Path, assignment: str, student: str, folder: Path) -> bool:
+    """Tell whether exactly this submission has been graded, or was found to be unreadable."""
+    record = records.read(course / "records", assignment, student)
+    return record is not None and record.submission == reading.fingerprint(folder)
