@@ -233,7 +233,7 @@ def _cotangent(like: Tensor) -> Tensor:
 
 # Libraries whose functions are answers. A candidate may not call them where the point is to write them.
 LIBRARIES = ("sklearn", "torchmetrics", "torcheval", "scipy", "statsmodels")
-_OWN_ALLOWED = ("dianlib.data", "dianlib.plotting", "dianlib.checks.running")
+_OWN_ALLOWED = ("dianlib.data", "dianlib.plotting", "dianlib.checks.running", "dianlib.grading")
 
 # What a report says of a candidate that tries not to be seen: "..., but <this> does the work."
 HIDING = "code that hides from this check"
@@ -244,7 +244,9 @@ _SWITCHES = frozenset(
 # torch has many names for one function: Softmax, softmax, _softmax, special_softmax, _safe_softmax, ...
 _BEFORE = ("special", "sparse", "masked", "safe", "mkldnn", "fused", "add")
 _AFTER = ("loss", "forward", "nd", "2d", "kernel", "withnoise", "pointwise")
-_ALIASES = {"makedual": "grad", "runbackward": "backward"}
+_ALIASES = {"runbackward": "backward"} | dict.fromkeys(
+    ("makedual", "gradandvalue", "vjp", "jvp", "jacrev", "jacfwd", "jacobian"), "grad"
+)
 
 
 @functools.lru_cache(maxsize=10_000)
@@ -266,8 +268,11 @@ def plain(name: str) -> str:
 def _seen_in(module: str, function: str, forbidden: frozenset[str]) -> str:
     """Name a Python function that a candidate must not call, or return "" for any other."""
     library = module.partition(".")[0]
-    if library in LIBRARIES or (library == "dianlib" and not module.startswith(_OWN_ALLOWED)):
-        return f"{module}.{function.rpartition('.')[2]}"
+    if library == "dianlib" and not any(f"{module}.".startswith(f"{own}.") for own in _OWN_ALLOWED):
+        return f"{module}.{function.partition('.')[0]}"
+    if library in LIBRARIES and "<locals>" not in function:  # a wrapper's name would tell nothing
+        public = [part for part in module.split(".") if not part.startswith("_")]
+        return ".".join([*public, function.partition(".")[0]])
     if library in ("torch", "torchvision"):
         for part in reversed(function.split(".")):  # "Softmax.forward" has two names
             if plain(part) in forbidden:
@@ -275,12 +280,18 @@ def _seen_in(module: str, function: str, forbidden: frozenset[str]) -> str:
     return HIDING if module == "threading" and function == "setprofile" else ""
 
 
+@functools.lru_cache
+def _are_operations(names: frozenset[str]) -> bool:
+    """Tell whether torch has an operation by one of these names, below Python."""
+    return any(torch._C._jit_get_schemas_for_operator(f"aten::{name}") for name in names)
+
+
 class _Watch:
     """Notes the forbidden functions that are called from ``start`` to ``stop``.
 
     It looks from two sides. Python reports every function that is called from Python code, in this
-    thread and in those that are started meanwhile. torch's profiler records the operations that this
-    thread carries out, so that it does not matter who calls them: map(), compiled code, a module in C.
+    thread and in those that are started meanwhile. And where operations are forbidden, torch's profiler
+    records all that this thread carries out, whoever calls them: map(), compiled code, a module in C.
     """
 
     current: "_Watch | None" = None
@@ -291,26 +302,27 @@ class _Watch:
         self.used: list[str] = []
         self.hook = self._see
         self.calls = 0
-        self.records = False
+        self.records = _are_operations(forbidden)
 
     def start(self) -> None:
         self.thread = threading.get_ident()
         self.before = (sys.getprofile(), threading.getprofile(), _Watch.current)
         _Watch.current = self
+        autograd: Any = torch.autograd
+        self.records &= not autograd._profiler_enabled()  # somebody may be profiling the whole check
         self._start_record()
         threading.setprofile(_see_elsewhere)
         sys.setprofile(self.hook)
 
-    def stop(self) -> None:
+    def stop(self) -> bool:
+        """End the watch; return False where somebody has ended or changed it before."""
         watched = sys.getprofile() is self.hook and threading.getprofile() is _see_elsewhere
         own, of_threads, _Watch.current = self.before
         sys.setprofile(own)
         threading.setprofile(of_threads)
-        watched &= self._read_record()
-        if not watched:
-            self._note(HIDING)
+        return self._read_record() and watched
 
-    def _note(self, name: str) -> None:
+    def note(self, name: str) -> None:
         if name not in self.used:
             self.used.append(name)
 
@@ -320,7 +332,7 @@ class _Watch:
             if type(module) is str:
                 name = _seen_in(module, frame.f_code.co_qualname, self.forbidden)
                 if name:
-                    self._note(name)
+                    self.note(name)
         elif event == "c_call":
             if plain(called.__name__) in self.suspects:
                 self._see_c(frame, called)
@@ -330,17 +342,16 @@ class _Watch:
                 self._start_record()
 
     def _see_c(self, frame: FrameType, called: Any) -> None:
-        module = called.__module__ or ""
+        owner = called.__module__ or type(called.__self__).__module__
         if plain(called.__name__) in _SWITCHES:
             ours = _Watch.current is not self or frame.f_globals.get("__name__") == "threading"
             if not ours:
-                self._note(HIDING)
-        elif isinstance(called.__self__, Tensor) or module.partition(".")[0] == "torch":
-            self._note(f"torch's {called.__name__.lstrip('_')}")
+                self.note(HIDING)
+        elif isinstance(called.__self__, Tensor) or owner.partition(".")[0] == "torch":
+            self.note(f"torch's {called.__name__.lstrip('_')}")
 
     def _start_record(self) -> None:
         autograd: Any = torch.autograd
-        self.records = not autograd._profiler_enabled()  # somebody may be profiling the whole check
         if self.records:
             off = [False] * 5
             settings = torch._C._profiler._ExperimentalConfig()
@@ -358,9 +369,9 @@ class _Watch:
         for operation in {event.name() for events in autograd._disable_profiler_legacy() for event in events}:
             name = operation.partition("::")[2]
             if name and plain(name) in self.forbidden:
-                self._note(f"torch's {name.strip('_')}")
+                self.note(f"torch's {name.strip('_')}")
             elif operation.startswith("autograd::engine") and {"backward", "grad"} & self.forbidden:
-                self._note("torch's autograd")
+                self.note("torch's autograd")
         return True
 
 
@@ -380,8 +391,11 @@ def _watch(forbidden: frozenset[str]) -> Iterator[list[str]]:
     watch.start()
     try:
         yield watch.used
-    finally:
-        watch.stop()
+    except BaseException:
+        watch.stop()  # an exception may end a watch, a time limit for one: that is nobody's trick
+        raise
+    if not watch.stop():
+        watch.note(HIDING)
 
 
 # ----- the run ---------------------------------------------------------------------------------------
@@ -408,7 +422,7 @@ def run(candidate: Any, probe: Probe, forbidden: frozenset[str] = frozenset()) -
 
 def _run(candidate: Any, probe: Probe, forbidden: frozenset[str]) -> Outcome:
     outcome = Outcome()
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed visits every kind of device, which takes long
     try:
         with torch.enable_grad():
             made: dict[str, Any] = {}
