@@ -72,7 +72,7 @@ class SafeExporter(NotebookExporter):
             self.log.error("%s", error)
             raise NbGraderException(str(error)) from None
         self._take_up(converter)
-        # Not by nbgrader's hook before a submission: what that raises is lost, and files are copied all the same.
+        # nbgrader's hook before a submission will not do: what it raises is lost, and files are copied.
         self._init_assignment = converter.init_assignment
         converter.init_assignment = self._begin
 
@@ -83,6 +83,7 @@ class SafeExporter(NotebookExporter):
         expected = {f"{name}.ipynb" for name in release.notebooks(self._course, assignment)}
         if not any((folder / name).exists() for name in expected):
             at_hand.lacks_notebook(expected)
+            raise NbGraderException(at_hand.reason)
         self._init_assignment(assignment, student)
 
     def _take_up(self, converter: Any) -> None:
