@@ -258,10 +258,18 @@ def assignment_cell(source: str, grade_id: str, **marks: Any) -> nbformat.Notebo
 
 
 def test_nbgrader_settings_keep_out_of_known_traps(tmp_path: Path) -> None:
-    """Called from outside the environment, and with a warning in a test cell, grading still works."""
-    answer = assignment_cell("### BEGIN SOLUTION\nanswer = 42\n### END SOLUTION", "answer", solution=True)
-    warned = "import warnings\nwarnings.warn('a word from a library')\nassert answer == 42\n2.0"
-    test = assignment_cell(warned, "test", grade=True, locked=True, points=3)
+    """Called from outside the environment, and with a warning in an answer, grading still works."""
+    solution = """import warnings
+
+
+def accuracy(confusion):
+    ### BEGIN SOLUTION
+    warnings.warn("a word from a library")
+    return confusion.diagonal().sum().item() / confusion.sum().item()
+    ### END SOLUTION"""
+    answer = assignment_cell(solution, "answer", solution=True)
+    check = 'from dianlib.checks import check\ncheck("metrics.accuracy", accuracy)'
+    test = assignment_cell(check, "test", grade=True, locked=True, points=3)
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     notebook = nbformat.v4.new_notebook(cells=[answer, test], metadata={"kernelspec": kernel})
     for folder in ("solutions/x", "submitted/somebody/x"):
@@ -279,10 +287,10 @@ def test_nbgrader_settings_keep_out_of_known_traps(tmp_path: Path) -> None:
             check=True,
         )
     released = nbformat.read(tmp_path / "exercises" / "x" / "x.ipynb", as_version=4)
-    assert released.cells[0].source == "raise NotImplementedError"
+    assert released.cells[0].source.endswith("def accuracy(confusion):\n    raise NotImplementedError")
     with Gradebook(f"sqlite:///{tmp_path / 'gradebook.db'}") as gradebook:
         submission = gradebook.find_submission("x", "somebody")
-        assert (submission.score, submission.max_score) == (2.0, 3.0)
+        assert (submission.score, submission.max_score) == (3.0, 3.0)
 
 
 # ----- words ---------------------------------------------------------------------------------------------
