@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from dianlib.checks import grade, tasks
 from dianlib.checks.registry import CHAPTERS
-from dianlib.checks.running import HIDING, Probe, plain, run
+from dianlib.checks.running import HIDING, Probe, TimeLimit, plain, run
 from dianlib.grading.shortcuts import evasions, find
 
 SOFTMAX = tasks()["mlp.softmax"].forbidden
@@ -361,8 +361,36 @@ def test_everything_is_as_before_afterwards() -> None:
 
 def test_a_check_may_itself_be_profiled() -> None:
     with torch.autograd.profiler.profile():
-        outcome = run(scripted_by_hand, Probe("", {"logits": torch.ones(1, 2)}), SOFTMAX)
-    assert not outcome.error
+        assert grade("mlp.softmax", scripted_by_hand).passed
+        assert "torch's softmax does the work" in grade("mlp.softmax", scripted).message
+
+
+def test_traps_that_were_set_before_are_no_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in [
+        (sys, "setprofile"),
+        (threading, "setprofile"),
+        (torch.autograd, "_enable_profiler_legacy"),
+        (torch._C._autograd, "_disable_profiler_legacy"),
+    ]:
+        monkeypatch.setattr(module, name, lambda *arguments: None)
+    probe = Probe("", {"logits": torch.ones(1, 2)})
+    torch.autograd._enable_record_function(False)
+    assert run(in_a_thread, probe, SOFTMAX).used == (HIDING,)
+    assert run(scripted, probe, SOFTMAX).used == (HIDING, "torch's softmax")
+
+
+def test_a_profiler_that_was_left_on_is_hiding() -> None:
+    with torch.autograd.profiler.profile():
+        assert run(scripted, Probe("", {"logits": torch.ones(1, 2)}), SOFTMAX).used == (HIDING,)
+
+
+def test_a_time_limit_is_not_taken_for_hiding() -> None:
+    def stops(logits: Tensor) -> Tensor:
+        sys._getframe()  # something is called, so that the watch is at work
+        raise TimeLimit
+
+    outcome = run(stops, Probe("", {"logits": torch.ones(1, 2)}), SOFTMAX)
+    assert outcome.error == "TimeLimit"
     assert not outcome.used
 
 

@@ -22,6 +22,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import (
+    _disable_profiler_legacy,
+    _enable_profiler_legacy,
+    _enable_record_function,
+    _profiler_enabled,
+)
+from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
 
 # ----- what a probe may ask: plain data, from which the objects for the candidate are made ---------
 
@@ -235,6 +242,11 @@ def _cotangent(like: Tensor) -> Tensor:
 LIBRARIES = ("sklearn", "torchmetrics", "torcheval", "scipy", "statsmodels")
 _OWN_ALLOWED = ("dianlib.data", "dianlib.plotting", "dianlib.checks.running", "dianlib.grading")
 
+# The tools of the watch, taken before anybody can change them.
+_set_hook, _get_hook = sys.setprofile, sys.getprofile
+_set_hook_of_threads, _get_hook_of_threads = threading.setprofile, threading.getprofile
+_RECORD_OF_CPU = ProfilerConfig(ProfilerState.CPU, False, False, False, False, False, _ExperimentalConfig())
+
 # What a report says of a candidate that tries not to be seen: "..., but <this> does the work."
 HIDING = "code that hides from this check"
 _SWITCHES = frozenset(
@@ -303,23 +315,23 @@ class _Watch:
         self.hook = self._see
         self.calls = 0
         self.records = _are_operations(forbidden)
+        self.is_recording = False
 
     def start(self) -> None:
         self.thread = threading.get_ident()
-        self.before = (sys.getprofile(), threading.getprofile(), _Watch.current)
+        self.before = (_get_hook(), _get_hook_of_threads(), _Watch.current)
         _Watch.current = self
-        autograd: Any = torch.autograd
-        self.records &= not autograd._profiler_enabled()  # somebody may be profiling the whole check
         self._start_record()
-        threading.setprofile(_see_elsewhere)
-        sys.setprofile(self.hook)
+        _set_hook_of_threads(_see_elsewhere)
+        _set_hook(self.hook)
 
     def stop(self) -> bool:
-        """End the watch; return False where somebody has ended or changed it before."""
-        watched = sys.getprofile() is self.hook and threading.getprofile() is _see_elsewhere
+        """End the watch; return False where it was ended or changed before, or could not begin."""
+        watched = _get_hook() is self.hook and _get_hook_of_threads() is _see_elsewhere
+        watched &= sys.setprofile is _set_hook  # new threads use it
         own, of_threads, _Watch.current = self.before
-        sys.setprofile(own)
-        threading.setprofile(of_threads)
+        _set_hook(own)
+        _set_hook_of_threads(of_threads)
         return self._read_record() and watched
 
     def note(self, name: str) -> None:
@@ -351,22 +363,18 @@ class _Watch:
             self.note(f"torch's {called.__name__.lstrip('_')}")
 
     def _start_record(self) -> None:
-        autograd: Any = torch.autograd
-        if self.records:
-            off = [False] * 5
-            settings = torch._C._profiler._ExperimentalConfig()
-            autograd._enable_profiler_legacy(
-                autograd.ProfilerConfig(autograd.ProfilerState.CPU, *off, settings)
-            )
+        if self.records and not _profiler_enabled():  # there can be one only
+            _enable_record_function(True)
+            _enable_profiler_legacy(_RECORD_OF_CPU)
+            self.is_recording = True
 
     def _read_record(self) -> bool:
-        """Note what torch has recorded since the last time; return False when that was switched off."""
-        autograd: Any = torch.autograd
+        """Note what torch has recorded since the last time; return False when it did not."""
         if not self.records:
             return True
-        if not autograd._profiler_enabled():
+        if not self.is_recording or not _profiler_enabled():
             return False
-        for operation in {event.name() for events in autograd._disable_profiler_legacy() for event in events}:
+        for operation in {event.name() for events in _disable_profiler_legacy() for event in events}:
             name = operation.partition("::")[2]
             if name and plain(name) in self.forbidden:
                 self.note(f"torch's {name.strip('_')}")

@@ -44,9 +44,9 @@ _HIDING_PLACES = """
     torch.autograd._enable_record_function
 """
 _PROCESSES = """
-    os.fork os.forkpty os.system os.popen os.posix_spawn os.posix_spawnp subprocess torch.multiprocessing
+    os.fork os.forkpty os.system os.popen os.posix_spawn os.posix_spawnp posix pty _posixsubprocess subprocess
     multiprocessing.Process multiprocessing.Pool multiprocessing.get_context multiprocessing.process
-    multiprocessing.context concurrent.futures.ProcessPoolExecutor
+    multiprocessing.context torch.multiprocessing concurrent.futures.ProcessPoolExecutor
 """
 _LOADERS = """
     marshal.loads pickle.load pickle.loads types.CodeType torch.jit.CompilationUnit torch.jit.load torch.load
