@@ -260,7 +260,10 @@ def _command(modules: Sequence[str], data: Path | None) -> list[str]:
         command += ["--ro-bind", source, target]
     # An installed dianlib lies among the packages, with all its references: cover it.
     if any(PACKAGE.is_relative_to(folder) for folder in visible):
-        command += ["--tmpfs", str(PACKAGE)]
+        command += ["--tmpfs", str(PACKAGE), "--remount-ro", str(PACKAGE)]
+    # The folders that hold these places belong to whoever grades. What one submission could write there, the
+    # next one would find, and import.
+    command += ["--remount-ro", "/dev", "--remount-ro", "/"]
     for name, value in environment.items():
         command += ["--setenv", name, value]
     return [*command, "--", *identity, sys.executable, "-P", "-s", "-m", "dianlib.grading.inside"]
@@ -312,7 +315,9 @@ print(json.dumps({
     "it runs as root": os.getuid() != 0,
     "it reaches the network": refused(lambda: socket.create_connection(("192.0.2.1", 80), timeout=2)),
     "it sees other processes": not list(Path("/proc").iterdir()) and os.getpid() == 1,
-    "it writes to the system": refused(lambda: Path("/usr/.dianlib").touch()),
+    "it writes to the system": all(
+        refused(Path(folder, ".dianlib").touch) for folder in ("/", "/usr", "/dev", "/course/dianlib")
+    ),
     "it sees the references": all(
         importlib.util.find_spec(f"dianlib.checks.{name}") is None for name in ("judging", "registry", "task")
     ),
