@@ -63,10 +63,17 @@ _PURPOSES = {
     FROM_TEXT: "which makes code from text or from a file",
 }
 
-# Honest people use these as well; an instructor may look.
+# Out of place in an answer, but not in the rest of a notebook.
+_USUAL_ELSEWHERE = """
+    os.system os.popen subprocess pickle.load pickle.loads torch.load torch.export.load torch.hub
+    torch.profiler.profile torch.autograd.profiler
+"""
+_FINE_ELSEWHERE = frozenset(_USUAL_ELSEWHERE.split())
+
+# Honest people use these as well, even in an answer; an instructor may look.
 _SELDOM_USED = """
     torch.jit torch.compile torch._dynamo inspect.stack inspect.currentframe sys._getframe importlib.reload
-    unittest.mock IPython.get_ipython
+    unittest.mock IPython.get_ipython subprocess.Popen
 """
 _WORTH_A_LOOK = frozenset(_SELDOM_USED.split())
 
@@ -732,13 +739,13 @@ class _Reader:
         if parts[0] in LIBRARIES and len(parts) > 1:
             self._note(".".join(parts))
         elif parts[0] == "dianlib" and len(parts) > 1:
-            if not _begins(path, _ALLOWED) and path != "dianlib.checks":
+            if not _beginning(path, _ALLOWED) and path != "dianlib.checks":
                 self._note(".".join(parts))
         elif parts[0] in ("torch", "torchvision") and (name := self._forbidden_name(parts)):
             self._note(f"torch's {name.strip('_')}")
         else:
             for phrase, names in _OUT_OF_PLACE.items():
-                if _begins(path, names):
+                if _beginning(path, names):
                     self._note(phrase if phrase != HIDING else f"{HIDING} ({path})")
                     break
 
@@ -751,11 +758,11 @@ class _Reader:
         return next((name for name in candidates if plain(name) in self._plain and not is_module), "")
 
 
-def _begins(path: str, names: frozenset[str]) -> bool:
-    """Tell whether a path, or a beginning of it, is one of the names."""
+def _beginning(path: str, names: frozenset[str]) -> str:
+    """Return the name that a path is, or begins with; "" for none."""
     parts = path.split(".")
-    heads = (".".join(parts[: number + 1]) for number in range(len(parts)))
-    return any(head in names or head.removesuffix("()") in names for head in heads)
+    heads = (".".join(parts[: number + 1]).removesuffix("()") for number in range(len(parts)))
+    return next((head for head in heads if head in names), "")
 
 
 # ----- what an instructor may look at --------------------------------------------------------------------
@@ -786,10 +793,12 @@ def _sight_of_name(node: ast.Name | ast.Attribute, path: str) -> Iterator[str]:
 
 def _sight_of_path(path: str) -> Iterator[str]:
     for phrase, names in _OUT_OF_PLACE.items():
-        if _begins(path, names):
-            yield f"uses {path}, {_PURPOSES[phrase]}"
-    if _begins(path, _WORTH_A_LOOK):
-        yield f"uses {path}, behind which it is hard to see what is called"
+        name = _beginning(path, names - _FINE_ELSEWHERE)
+        if name:
+            yield f"uses {name}, {_PURPOSES[phrase]}"
+    name = _beginning(path, _WORTH_A_LOOK)
+    if name:
+        yield f"uses {name}, behind which it is hard to see what is called"
 
 
 def _sight_of_call(call: ast.Call, notebook: _Notebook, scope: _Scope) -> Iterator[str]:
