@@ -81,6 +81,34 @@ def _parser() -> argparse.ArgumentParser:
     # Listed for the help; main hands everything behind it to dianlib.reproduce.
     command("reproduce", None, "Repeat an experiment of the book at full size, for example: reproduce mlp.")
 
+    grade = command("grade", _grade, "For instructors: grade all submissions of an assignment, many at once.")
+    grade.add_argument("assignment", metavar="ASSIGNMENT")
+    grade.add_argument("-j", "--jobs", type=int, metavar="N", help="processes (default: one a core, up to 4)")
+    grade.add_argument("--force", action="store_true", help="grade again what was graded already")
+    grade.add_argument(
+        "--course",
+        type=Path,
+        default=Path(),
+        metavar="FOLDER",
+        help="the course's folder (default: this one)",
+    )
+    grade.add_argument("--queue", metavar="URL", help="have workers grade: postgresql://user@host/database")
+    grade.add_argument("--no-wait", action="store_true", help="with --queue: do not wait for the workers")
+
+    worker = command("worker", _worker, "For instructors: grade what `dianlib grade --queue` asks for.")
+    worker.add_argument("--queue", required=True, metavar="URL", help="postgresql://user@host/database")
+    worker.add_argument(
+        "-j", "--jobs", type=int, metavar="N", help="processes (default: one a core, up to 4)"
+    )
+    worker.add_argument("--until-empty", action="store_true", help="leave when no job waits or runs")
+    worker.add_argument(
+        "--course",
+        type=Path,
+        default=Path(),
+        metavar="FOLDER",
+        help="the course's folder (default: this one)",
+    )
+
     overview = command("report", _overview, "For instructors: show what a class gets wrong, on one page.")
     overview.add_argument("assignment", metavar="ASSIGNMENT")
     overview.add_argument(
@@ -190,6 +218,72 @@ def _reproduce(arguments: list[str]) -> int:
 
 
 # ----- instructors ---------------------------------------------------------------------------------------
+
+
+def _grade(options: argparse.Namespace) -> int:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes share the cores
+    try:
+        from dianlib.grading.driver import Course, GradingError, Progress, grade_all
+    except ImportError as error:
+        raise CommandError(
+            f"Grading needs more packages ({error.name} is missing): install them with "
+            "`pip install 'dianlib[grading]'`."
+        ) from None
+    jobs = _processes(options.jobs)
+    if options.no_wait and not options.queue:
+        raise CommandError("--no-wait goes with --queue: without a queue there are no workers to wait for.")
+    try:
+        course = Course(options.course)
+        if options.queue:
+            return _grade_by_queue(course, options)
+        with Progress() as progress:
+            summary = grade_all(course, options.assignment, jobs, options.force, progress)
+    except GradingError as error:
+        raise CommandError(_sentence(error)) from None
+    print(summary)
+    return 1 if summary.failed else 0
+
+
+def _grade_by_queue(course: Any, options: argparse.Namespace) -> int:
+    queue = _queue()
+    try:
+        summary = queue.grade_all(
+            course, options.assignment, options.queue, options.force, not options.no_wait
+        )
+    except queue.QueueError as error:
+        raise CommandError(error) from None
+    if summary is None:
+        return 0
+    print(summary)
+    return 1 if summary.failed else 0
+
+
+def _worker(options: argparse.Namespace) -> int:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    queue = _queue()
+    try:
+        queue.work(options.course, options.queue, _processes(options.jobs), options.until_empty)
+    except queue.QueueError as error:
+        raise CommandError(error) from None
+    return 0
+
+
+def _queue() -> Any:
+    try:
+        from dianlib.grading import queue
+    except ImportError as error:
+        raise CommandError(
+            f"A queue needs more packages ({error.name} is missing): install them with "
+            "`pip install 'dianlib[grading]'`."
+        ) from None
+    return queue
+
+
+def _processes(wanted: int | None) -> int:
+    jobs = wanted if wanted is not None else min(4, os.cpu_count() or 1)
+    if jobs < 1:
+        raise CommandError(f"The number of processes must be 1 or more, not {jobs}.")
+    return jobs
 
 
 def _overview(options: argparse.Namespace) -> int:
