@@ -6,6 +6,7 @@ hands: no other module believes what it says without checking.
 
 import builtins
 import contextlib
+import ctypes
 import gc
 import importlib
 import io
@@ -58,6 +59,7 @@ def main() -> None:
     memory = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     gc.collect()
     gc.freeze()  # what is here now is shared by all forks, and is not copied when garbage is looked for
+    _gather_memory()
     selector = selectors.DefaultSelector()
     for channel in channels:
         selector.register(channel, selectors.EVENT_READ)
@@ -87,6 +89,22 @@ def _warm_shell() -> InteractiveShell:
     layer(torch.zeros(1, 2)).sum().backward()
     optimizer.step()
     return shell
+
+
+def _gather_memory() -> None:
+    """Have the system gather this process's memory in large pages: a fork copies 512 times fewer entries.
+
+    Only worth its second because of the many forks to come. Kernels before 6.1 refuse, and nothing is lost.
+    """
+    libc, gather, large = ctypes.CDLL(None), 25, 1 << 21  # MADV_COLLAPSE, 2 MB
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, rights, *_ = words = line.split()
+        is_own_memory = len(words) == 5 or words[5] == "[heap]"
+        if is_own_memory and "w" in rights:
+            first, last = (int(address, 16) for address in addresses.split("-"))
+            first, last = -(-first // large) * large, last // large * large
+            if first < last:
+                libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), gather)
 
 
 def _answer(channel: socket.socket, living: set[int], shell: InteractiveShell, memory: int) -> bool:
