@@ -110,7 +110,7 @@ class Course:
         """Start the sandbox for an assignment before the first submission needs it."""
         try:
             judge = plugin.Judge(config=self.config)
-            return judge.sandbox(release.modules_of(self.root, assignment), channels)
+            return judge.sandbox(self.root, release.modules_of(self.root, assignment), channels)
         except SandboxError as error:
             raise GradingError(str(error)) from None
 
@@ -297,6 +297,8 @@ def _in_processes(
                     worker.connection.send(None)
                 worker.process.join()
                 workers.remove(worker)
+            if not workers:
+                break
             # A dead worker shows by its sentinel, for the same reason.
             ends = set(wait([end for w in workers for end in (w.connection, w.process.sentinel)]))
             for worker in [w for w in workers if ends & {w.connection, w.process.sentinel}]:
