@@ -43,11 +43,11 @@ FORBIDDEN_CALLS = (
     *("mount", "umount2", "pivot_root", "chroot", "unshare", "setns", "move_mount", "open_tree", "fsopen"),
     *("fsconfig", "fsmount", "fspick", "mount_setattr", "open_by_handle_at", "name_to_handle_at", "quotactl"),
     *("init_module", "finit_module", "delete_module", "kexec_load", "kexec_file_load", "reboot", "acct"),
-    *("add_key", "request_key", "keyctl", "bpf", "perf_event_open", "userfaultfd", "move_pages", "syslog", "modify_ldt"),
+    *("add_key", "request_key", "keyctl", "bpf", "perf_event_open", "userfaultfd", "move_pages", "syslog"),
     # Memory that no process owns, so that no limit counts it.
     *("memfd_create", "memfd_secret", "shmget", "msgget"),
     *("io_uring_setup", "io_uring_enter", "io_uring_register", "swapon", "swapoff", "iopl", "ioperm"),
-    *("sethostname", "setdomainname", "settimeofday", "clock_settime", "adjtimex", "vhangup"),
+    *("sethostname", "setdomainname", "settimeofday", "clock_settime", "adjtimex", "vhangup", "modify_ldt"),
 )
 
 

@@ -41,17 +41,19 @@ def _wait_for_others(connection: Any, _: Any) -> None:
 
 
 # ----- the sandbox of an assignment ------------------------------------------------------------------------
-_sandboxes: dict[tuple[str, ...], Sandbox] = {}
+_sandboxes: dict[tuple[Path, tuple[str, ...]], Sandbox] = {}
 
 
-def sandbox_for(modules: tuple[str, ...], limits: Limits, channels: int = 1) -> Sandbox:
+def sandbox_for(course: Path, modules: tuple[str, ...], limits: Limits, channels: int = 1) -> Sandbox:
     """Return the warm sandbox for an assignment's modules, started when it is first needed."""
-    if modules not in _sandboxes:
-        data = os.environ.get("DIANLIB_DATA")
-        sandbox = Sandbox(modules, limits, Path(data) if data and Path(data).is_dir() else None, channels)
-        _sandboxes[modules] = sandbox
+    course = course.resolve()
+    if (course, modules) not in _sandboxes:
+        named = os.environ.get("DIANLIB_DATA")
+        data = Path(named) if named and Path(named).is_dir() else None
+        sandbox = Sandbox(modules, limits, data, channels, hidden=[course])
+        _sandboxes[course, modules] = sandbox
         atexit.register(sandbox.close)
-    return _sandboxes[modules]
+    return _sandboxes[course, modules]
 
 
 # ----- reading ---------------------------------------------------------------------------------------------
@@ -67,7 +69,7 @@ class SafeExporter(NotebookExporter):
         self._course = Path(converter.coursedir.root)
         try:
             modules = release.modules_of(self._course, converter.coursedir.assignment_id)
-            Judge(parent=converter).sandbox(modules)
+            Judge(parent=converter).sandbox(self._course, modules)
         except (SandboxError, release.Unusable) as error:
             self.log.error("%s", error)
             raise NbGraderException(str(error)) from None
@@ -155,10 +157,10 @@ class Judge(NbGraderPreprocessor):  # type: ignore[misc]
     processes = Integer(64, help="How many processes and threads a submission may have.").tag(config=True)
     disk_mb = Integer(100, help="How much a submission may write.").tag(config=True)
 
-    def sandbox(self, modules: tuple[str, ...], channels: int = 1) -> Sandbox:
+    def sandbox(self, course: Path, modules: tuple[str, ...], channels: int = 1) -> Sandbox:
         """Return the warm sandbox with the limits that were configured."""
         limits = Limits(memory=self.memory_mb << 20, processes=self.processes, disk=self.disk_mb << 20)
-        return sandbox_for(modules, limits, channels)
+        return sandbox_for(course, modules, limits, channels)
 
     def preprocess(self, notebook: NotebookNode, resources: Any) -> tuple[NotebookNode, Any]:
         """Run and judge one notebook."""
@@ -166,7 +168,7 @@ class Judge(NbGraderPreprocessor):  # type: ignore[misc]
         assert at_hand is not None
         name = resources["nbgrader"]["notebook"]
         tasks = release.tasks_of(release.notebooks(at_hand.course, at_hand.assignment)[name])
-        sandbox = self.sandbox(release.modules_of(at_hand.course, at_hand.assignment))
+        sandbox = self.sandbox(at_hand.course, release.modules_of(at_hand.course, at_hand.assignment))
         times = Times(self.cell_seconds, self.submission_seconds)
         session = Session(sandbox, times, at_hand.files())
         try:

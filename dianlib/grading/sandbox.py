@@ -76,8 +76,9 @@ class Box:
 class Sandbox:
     """A warm process in bubblewrap. Processes that share one each use a channel of their own.
 
-    ``modules`` names the modules of dianlib that students may import. Raises SandboxError when the
-    isolation cannot be had, or does not hold what it must.
+    ``modules`` names the modules of dianlib that students may import; ``data`` is the folder with the data
+    sets, and ``hidden`` are folders to cover where they lie within what is seen inside, a course for one.
+    Raises SandboxError when the isolation cannot be had, or does not hold what it must.
     """
 
     def __init__(
@@ -86,10 +87,12 @@ class Sandbox:
         limits: Limits | None = None,
         data: Path | None = None,
         channels: int = 1,
+        hidden: Sequence[Path] = (),
     ) -> None:
         self.modules = tuple(modules)
         self.limits = limits or Limits()
         self.data = data
+        self.hidden = tuple(hidden)
         self._channels: list[socket.socket] = []
         self._start(channels)
         self._test()
@@ -147,7 +150,11 @@ class Sandbox:
     def _start(self, channels: int) -> None:
         pairs = [socket.socketpair() for _ in range(channels)]
         inner = [its.fileno() for _, its in pairs]
-        command = [*_command(self.modules, self.data), ",".join(map(str, inner)), ",".join(self._imports())]
+        command = [
+            *_command(self.modules, self.data, self.hidden),
+            ",".join(map(str, inner)),
+            ",".join(self._imports()),
+        ]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (it lives as long as the sandbox)
         self._bubblewrap = subprocess.Popen(
             command, pass_fds=inner, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._log
@@ -210,7 +217,7 @@ _ALLOW = (
 )
 
 
-def _command(modules: Sequence[str], data: Path | None) -> list[str]:
+def _command(modules: Sequence[str], data: Path | None, hidden: Sequence[Path]) -> list[str]:
     """Return the command that starts the warm process, without its two arguments."""
     if sys.platform != "linux":
         raise SandboxError(
@@ -231,14 +238,6 @@ def _command(modules: Sequence[str], data: Path | None) -> list[str]:
     command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if identity else ["--unshare-user"]
     command += ["--proc", "/proc", "--dev", "/dev", "--perms", "1777", "--tmpfs", "/tmp"]
     command += ["--perms", "1777", "--tmpfs", HOME, "--chdir", HOME]
-    visible = [*_system_folders(), Path(sys.base_prefix).resolve(), Path(sys.prefix).resolve()]
-    places = {str(folder): str(folder) for folder in _without_nested(visible)}
-    for link in ("/bin", "/sbin", "/lib", "/lib64", "/lib32"):
-        if Path(link).is_symlink():
-            command += ["--symlink", str(Path(link).readlink()), link]
-    places |= {file: file for file in ("/etc/ld.so.cache", "/etc/alternatives") if Path(file).exists()}
-    for target, source in [*OWN_FILES.items(), *((name := _file_of(m), name) for m in modules)]:
-        places[f"{COURSE}/dianlib/{target}"] = str(PACKAGE / source)
     environment = {
         "HOME": HOME,
         "PATH": "/usr/bin:/bin",
@@ -250,20 +249,11 @@ def _command(modules: Sequence[str], data: Path | None) -> list[str]:
         "DIANLIB_PROGRESS": "",
     }
     if data is not None:
-        places["/data"] = str(data.resolve())
         environment["DIANLIB_DATA"] = "/data"
-    # bubblewrap would make the folders above these places for their owner only.
-    parents = {parent for place in places for parent in Path(place).parents}
-    for parent in sorted(parents, key=lambda folder: len(folder.parts))[1:]:
-        command += ["--perms", "0755", "--dir", str(parent)]
-    for target, source in places.items():
-        command += ["--ro-bind", source, target]
-    # An installed dianlib lies among the packages, with all its references: cover it.
-    if any(PACKAGE.is_relative_to(folder) for folder in visible):
-        command += ["--tmpfs", str(PACKAGE), "--remount-ro", str(PACKAGE)]
-    # The folders that hold these places belong to whoever grades. What one submission could write there, the
-    # next one would find, and import.
-    command += ["--remount-ro", "/dev", "--remount-ro", "/"]
+    for link in ("/bin", "/sbin", "/lib", "/lib64", "/lib32"):
+        if Path(link).is_symlink():
+            command += ["--symlink", str(Path(link).readlink()), link]
+    command += _mounts(modules, data, hidden)
     for name, value in environment.items():
         command += ["--setenv", name, value]
     return [*command, "--", *identity, sys.executable, "-P", "-s", "-m", "dianlib.grading.inside"]
@@ -276,14 +266,48 @@ def _nobody() -> list[str]:
     return ["setpriv", *identity, "--inh-caps=-all", "--ambient-caps=-all", "--bounding-set=-all", "--"]
 
 
+def _mounts(modules: Sequence[str], data: Path | None, hidden: Sequence[Path]) -> list[str]:
+    """Return the part of the command that says what is seen inside: programs, Python, a part of dianlib."""
+    # Python where it lies, and where it is called when a link leads there.
+    python = [
+        folder for name in (sys.base_prefix, sys.prefix) for folder in (Path(name), Path(name).resolve())
+    ]
+    for folder in python:
+        if any(folder.is_relative_to(private) for private in ("/tmp", "/dev", HOME)):
+            raise SandboxError(
+                f"{_ONLY}, which has a {folder.parts[1]!r} folder of its own, and Python lies in {folder}: "
+                "make its environment in another folder, then grade again."
+            )
+    visible = {folder: folder.resolve() for folder in (*_system_folders(), *python)}
+    files = [Path(name) for name in ("/etc/ld.so.cache", "/etc/alternatives")]
+    places = visible | {file: file for file in files if file.exists()}
+    for target, source in [*OWN_FILES.items(), *((name := _file_of(m), name) for m in modules)]:
+        places[Path(COURSE, "dianlib", target)] = PACKAGE / source
+    if data is not None:
+        places[Path("/data")] = data.resolve()
+    mounts = {target: ["--ro-bind", str(source), str(target)] for target, source in places.items()}
+    # What lies among these places and is not for students: an installed dianlib with all its references, and
+    # a course that is kept in /usr/src, as containers often do.
+    covered = [
+        folder.resolve()
+        for folder in (PACKAGE, *hidden)
+        if any(folder.resolve().is_relative_to(source) for source in visible.values())
+    ]
+    mounts |= {folder: ["--perms", "0755", "--tmpfs", str(folder)] for folder in covered}
+    # bubblewrap would make the folders above these places for their owner only.
+    for parent in {parent for place in places for parent in place.parents} - mounts.keys():
+        mounts[parent] = ["--perms", "0755", "--dir", str(parent)]
+    command = [part for place in sorted(mounts, key=lambda p: len(p.parts)) for part in mounts[place]]
+    # Some of these folders belong to whoever grades. What one submission could write there, the next one
+    # would find, and import.
+    for folder in (*covered, Path("/dev"), Path("/")):
+        command += ["--remount-ro", str(folder)]
+    return command
+
+
 def _system_folders() -> list[Path]:
     named = [Path(name) for name in ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/lib32")]
     return [folder for folder in named if folder.is_dir() and not folder.is_symlink()]
-
-
-def _without_nested(folders: Sequence[Path]) -> list[Path]:
-    unique = list(dict.fromkeys(folders))
-    return [f for f in unique if not any(f != other and f.is_relative_to(other) for other in unique)]
 
 
 def _file_of(module: str) -> str:
