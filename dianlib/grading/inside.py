@@ -33,14 +33,7 @@ from traitlets.config import Config
 
 from dianlib.checks.running import Outcome, Probe, TimeLimit, describe, run
 from dianlib.grading import wire
-from dianlib.grading.isolation import (
-    HOME,
-    Limits,
-    die_with_parent,
-    enter_namespaces,
-    give_up_rights,
-    prefer_for_killing,
-)
+from dianlib.grading.isolation import ENDS, Isolation, Limits, Namespaces, die_with_parent
 
 # A child that does not end by itself when its time is up gets this much longer, in seconds.
 GRACE = 1.0
@@ -50,7 +43,7 @@ KEPT_OUTPUTS = 50
 # ----- the warm process --------------------------------------------------------------------------------
 
 
-def main() -> None:
+def main(isolation: Isolation) -> None:
     """Import everything once, then fork a process for each submission that is asked for."""
     channels = [socket.socket(fileno=int(number)) for number in sys.argv[1].split(",")]
     for module in sys.argv[2].split(","):
@@ -68,7 +61,7 @@ def main() -> None:
     while living:
         ready = {key.fd for key, _ in selector.select()}
         for channel in [channel for channel in living if channel.fileno() in ready]:
-            if not _answer(channel, living[channel], shell, memory):
+            if not _answer(channel, living[channel], shell, memory, isolation):
                 selector.unregister(channel)
                 for process in living.pop(channel):
                     _close(process)
@@ -107,7 +100,9 @@ def _gather_memory() -> None:
                 libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), gather)
 
 
-def _answer(channel: socket.socket, living: set[int], shell: InteractiveShell, memory: int) -> bool:
+def _answer(
+    channel: socket.socket, living: set[int], shell: InteractiveShell, memory: int, isolation: Isolation
+) -> bool:
     """Carry out one request of the trusted side: open or close a submission. False when it has left."""
     try:
         request, descriptors, _, _ = socket.recv_fds(channel, 1 << 16, 1)
@@ -117,7 +112,7 @@ def _answer(channel: socket.socket, living: set[int], shell: InteractiveShell, m
         return False
     order = json.loads(request)
     if order["do"] == "open":
-        process = _open(descriptors[0], Limits(**order["limits"]), shell, memory)
+        process = _open(descriptors[0], Limits(**order["limits"]), shell, memory, isolation)
         living.add(process)
         wire.send(channel, {"process": process})
     else:
@@ -133,8 +128,8 @@ def _close(process: int) -> None:
     os.waitpid(process, 0)
 
 
-def _open(descriptor: int, limits: Limits, shell: InteractiveShell, memory: int) -> int:
-    """Fork a process that shuts itself in and forks process 1 of the submission; return its number.
+def _open(descriptor: int, limits: Limits, shell: InteractiveShell, memory: int, isolation: Isolation) -> int:
+    """Fork a process that shuts itself in and forks the submission's first one; return its number.
 
     The outer process runs no student's code, and ends the inner one when it is told to end.
     """
@@ -143,28 +138,20 @@ def _open(descriptor: int, limits: Limits, shell: InteractiveShell, memory: int)
         os.close(descriptor)
         return outer
     try:
-        die_with_parent()
-        prefer_for_killing()
-        enter_namespaces(limits)
-        # Waited for by name, and not handled: a signal just before waitpid would be noticed only after it.
-        ends = {signal.SIGTERM, signal.SIGCHLD}
-        signal.pthread_sigmask(signal.SIG_BLOCK, ends)
+        isolation.separate(limits)
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
         inner = os.fork()
         if inner:
             os.close(descriptor)
-            signal.sigwait(ends)
-            # When process 1 is killed, all others of the submission die with it.
-            os.kill(inner, signal.SIGKILL)
-            os.waitpid(inner, 0)
+            isolation.wait(inner)
             os._exit(0)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
         die_with_parent()
         os.setsid()
         connection = socket.socket(fileno=os.dup2(descriptor, 200, inheritable=False))
         os.closerange(3, 200)
-        os.chdir(HOME)
+        isolation.enter(limits, memory)
         sys.path.insert(0, "")  # a notebook may import what was handed in beside it
-        give_up_rights(limits, memory)
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 2)
         os.close(nowhere)
@@ -189,6 +176,7 @@ class Submission:
         self.connection = connection
         self.shell = shell
         self.limits = limits
+        self.home = Path.cwd()
         self.specimens: dict[int, Any] = {}
 
     def serve(self) -> None:
@@ -244,7 +232,7 @@ class Submission:
 
     def write_file(self, name: str, content: bytes) -> None:
         """Put a file that was handed in into the working directory."""
-        Path(HOME, name).write_bytes(content)
+        (self.home / name).write_bytes(content)
 
     # -- tasks --
 
@@ -457,4 +445,4 @@ def _alarm(seconds: float, error: type[BaseException]) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    main()
+    main(Namespaces())

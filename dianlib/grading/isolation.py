@@ -8,11 +8,17 @@ import ctypes
 import errno
 import os
 import resource
+import signal
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 HOME = "/home/student"
+
+# What ends an outer process. Waited for by name, and not handled: a signal just before waitpid would be
+# noticed only after it.
+ENDS = (signal.SIGTERM, signal.SIGCHLD)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -51,9 +57,43 @@ FORBIDDEN_CALLS = (
 )
 
 
+class Isolation(Protocol):
+    """A way to shut a submission in. Its outer process runs no student's code, its inner one does."""
+
+    def separate(self, limits: Limits) -> None:
+        """Prepare the outer process, before the inner one is forked."""
+
+    def enter(self, limits: Limits, warm_memory: int) -> None:
+        """In the inner process: go to a folder of its own and give up all rights, for good."""
+
+    def wait(self, inner: int) -> None:
+        """In the outer process: wait for SIGTERM or the end of the inner one, and end all that is left."""
+
+
+class Namespaces:
+    """A submission has processes, files, networks and users of its own; nobody else's exist for it."""
+
+    def separate(self, limits: Limits) -> None:
+        """Enter the namespaces: the next process that is forked is process 1 in there."""
+        die_with_parent()
+        prefer_for_killing()
+        enter_namespaces(limits)
+
+    def enter(self, limits: Limits, warm_memory: int) -> None:
+        """Give up all rights."""
+        os.chdir(HOME)
+        give_up_rights(limits, warm_memory)
+
+    def wait(self, inner: int) -> None:
+        """Wait. When process 1 is killed, all others of the submission die with it."""
+        signal.sigwait(ENDS)
+        os.kill(inner, signal.SIGKILL)
+        os.waitpid(inner, 0)
+
+
 def die_with_parent() -> None:
     """Have the system kill this process when its parent ends."""
-    _prctl(SET_DEATH_SIGNAL, 9)
+    prctl(SET_DEATH_SIGNAL, 9)
 
 
 def enter_namespaces(limits: Limits) -> None:
@@ -81,7 +121,7 @@ def give_up_rights(limits: Limits, warm_memory: int) -> None:
         "CORE": 0,
     }.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
-    _prctl(SET_NO_NEW_PRIVILEGES, 1)
+    prctl(SET_NO_NEW_PRIVILEGES, 1)
     for capability in range(64):
         _libc.prctl(DROP_BOUNDING_CAPABILITY, capability, 0, 0, 0)  # fails beyond the last one
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3 of the interface, this process
@@ -117,7 +157,8 @@ def _mount(source: str, target: str, options: str, flags: int) -> None:
     _check(_libc.mount(*arguments), f"mount {target}")
 
 
-def _prctl(option: int, value: int) -> None:
+def prctl(option: int, value: int) -> None:
+    """Change a setting of this process."""
     _check(_libc.prctl(option, value, 0, 0, 0), f"prctl {option}")
 
 
