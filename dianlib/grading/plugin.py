@@ -9,6 +9,7 @@ import atexit
 import hashlib
 import hmac
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,13 @@ class _Grading:
                 found = judged[mark(cell, "grade_id")]
                 self.work.tasks += found
                 _write_points(cell, found, self.work.reason)
+        helpers = [
+            code.decode("utf-8", "replace")
+            for name, code in self.work.files().items()
+            if name.endswith(".py")
+        ]
+        for sentence in shortcuts.evasions([*self.sources, *helpers]):
+            self.session.flag("shortcut", sentence)
 
     def _judge(self, asked_for: list[tuple[Task, str]], grade_id: str, answer: str) -> list[TaskRecord]:
         found = []
@@ -234,7 +242,7 @@ class _Grading:
                     score=report.score,
                     diagnosis=report.diagnosis,
                     message=report.message,
-                    answer=answer,
+                    answer=answer or _defining(self.sources, name),
                     state=state,
                 )
             )
