@@ -10,7 +10,7 @@ import math
 import socket
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +28,12 @@ from dianlib.checks.running import (
     Probe,
 )
 
-MAX_HEADER = 4 << 20
+MAX_HEADER = 8 << 20
 MAX_BUFFERS = 2_000
-MAX_BYTES = 64 << 20
+MAX_BYTES = 16 << 20
 MAX_ELEMENTS = 1_000_000
+MAX_DIMENSIONS = 16
+MAX_INTEGER = 2**63
 MAX_DEPTH = 8
 MAX_PARTS = 2_000
 
@@ -142,14 +144,14 @@ def pack(value: Any, buffers: Buffers, depth: int = 0) -> Any:
 
     An object of another kind is described by the name of its type alone.
     """
-    if depth > MAX_DEPTH:
+    if depth == MAX_DEPTH and not isinstance(value, Tensor | bool | int | float | str | None):
         return {"is": "Foreign", "type_name": "something nested too deeply"}
     match value:
         case Tensor():
             return _pack_tensor(value, buffers)
         case None | bool() | float():
             return value if value is None or isinstance(value, bool) else float(value)
-        case int():
+        case int() if abs(value) <= MAX_INTEGER:
             return int(value)
         case str():
             return str(value)
@@ -170,11 +172,11 @@ def pack(value: Any, buffers: Buffers, depth: int = 0) -> Any:
 
 
 def _pack_tensor(value: Tensor, buffers: Buffers) -> Any:
-    plain = value.detach().cpu().contiguous()
-    name = str(plain.dtype).removeprefix("torch.")
-    if name not in DTYPES or plain.numel() > MAX_ELEMENTS:
-        text = f"a tensor of shape {tuple(plain.shape)} and dtype {name} that cannot be compared"
+    name = str(value.dtype).removeprefix("torch.")
+    if name not in DTYPES or value.layout != torch.strided or not _is_possible(value.shape):
+        text = f"a tensor of shape {tuple(value.shape)} and dtype {name} that cannot be compared"
         return {"is": "Foreign", "type_name": text}
+    plain = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
     # Reshaped to one dimension first: a tensor without dimensions has no bytes to look at.
     buffers.append(plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
     return {"is": "Tensor", "dtype": name, "shape": list(plain.shape), "buffer": len(buffers) - 1}
@@ -221,22 +223,29 @@ def unpack(
 
 
 def _unpack_tensor(described: dict[str, Any], buffers: Buffers) -> Tensor:
-    dtype = DTYPES.get(str(described.get("dtype")))
-    shape, index = described.get("shape"), described.get("buffer")
-    if dtype is None or not isinstance(shape, list) or len(shape) > 16:
-        raise WireError("a tensor is malformed")
-    if not all(type(size) is int and 0 <= size <= MAX_ELEMENTS for size in shape):
+    match described:
+        case {"dtype": str(name), "shape": list(shape), "buffer": int(index)} if name in DTYPES:
+            dtype = DTYPES[name]
+        case _:
+            raise WireError("a tensor is malformed")
+    if not all(type(size) is int for size in shape) or not _is_possible(shape):
         raise WireError("a tensor has an impossible shape")
-    if type(index) is not int or not 0 <= index < len(buffers):
+    if not 0 <= index < len(buffers):
         raise WireError("a tensor has no numbers")
-    numel, data = math.prod(shape), buffers[index]
-    if numel > MAX_ELEMENTS or len(data) != numel * dtype.itemsize:
+    data = buffers[index]
+    if len(data) != math.prod(shape) * dtype.itemsize:
         raise WireError("a tensor has the wrong number of bytes")
     if dtype == torch.bool and not set(data) <= {0, 1}:
         raise WireError("a truth value is neither 0 nor 1")
-    if numel == 0:
+    if not data:
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
+
+
+def _is_possible(shape: Sequence[int]) -> bool:
+    """Tell whether a shape is one that is sent. Without its zeros: torch multiplies the other sizes."""
+    sizes = [size or 1 for size in shape[: MAX_DIMENSIONS + 1]]
+    return len(sizes) <= MAX_DIMENSIONS and min(sizes, default=1) > 0 and math.prod(sizes) <= MAX_ELEMENTS
 
 
 def plain_text(text: Any, limit: int) -> str:
@@ -252,8 +261,9 @@ def plain_text(text: Any, limit: int) -> str:
 
 def pack_outcome(outcome: Outcome, buffers: Buffers) -> dict[str, Any]:
     """Describe what a candidate did; done inside the sandbox."""
+    values = list(outcome.values.items())[:MAX_PARTS]
     return {
-        "values": [[name, pack(value, buffers)] for name, value in outcome.values.items()][:MAX_PARTS],
+        "values": [[name, pack(_leaf(value), buffers)] for name, value in values],
         "error": outcome.error,
         "error_text": outcome.error_text,
         "changed": list(outcome.changed),
@@ -261,6 +271,13 @@ def pack_outcome(outcome: Outcome, buffers: Buffers) -> dict[str, Any]:
         "used": list(outcome.used),
         "random": outcome.random,
     }
+
+
+def _leaf(value: Any) -> Any:
+    """Keep what an outcome may hold, and the name of the type of anything else."""
+    if isinstance(value, Tensor | bool | int | float | Foreign):
+        return value
+    return Foreign(type(value).__name__)
 
 
 def unpack_outcome(described: Any, buffers: Buffers) -> Outcome:
@@ -275,18 +292,12 @@ def unpack_outcome(described: Any, buffers: Buffers) -> Outcome:
             "used": list(used),
             "random": bool(random),
         } if len(values) <= MAX_PARTS:
+            taken: set[int] = set()
             named = {}
             for item in values:
                 if not isinstance(item, list) or len(item) != 2 or not isinstance(item[0], str):
                     raise WireError("a value has no name")
-                value = unpack(item[1], buffers)
-                if not isinstance(value, Tensor | bool | int | float | Foreign):
-                    raise WireError("a value is neither a tensor nor a number")
-                if isinstance(value, int) and abs(value) > 2**63:
-                    raise WireError("a number is too long")
-                if isinstance(value, Foreign):
-                    value = Foreign(plain_text(value.type_name, 200))
-                named[plain_text(item[0], 200)] = value
+                named[plain_text(item[0], 200)] = _unpack_leaf(item[1], buffers, taken)
             return Outcome(
                 named,
                 plain_text(error, 100),
@@ -297,3 +308,21 @@ def unpack_outcome(described: Any, buffers: Buffers) -> Outcome:
                 random,
             )
     raise WireError("an outcome is malformed")
+
+
+def _unpack_leaf(described: Any, buffers: Buffers, taken: set[int]) -> Tensor | bool | int | float | Foreign:
+    match described:
+        case bool() | float():
+            return described
+        case int() if abs(described) <= MAX_INTEGER:
+            return described
+        case {"is": "Foreign", "type_name": str(name)}:
+            return Foreign(plain_text(name, 200))
+        case {"is": "Tensor"}:
+            tensor = _unpack_tensor(described, buffers)
+            # A thousand tensors that name one buffer would be a thousand copies of it.
+            if described["buffer"] in taken:
+                raise WireError("two tensors have the same numbers")
+            taken.add(described["buffer"])
+            return tensor
+    raise WireError("a value is neither a tensor nor a number")
