@@ -1,25 +1,27 @@
 """The outside of the sandbox: start it, make sure that it holds, and open a box for each submission.
 
-Linux with bubblewrap. A warm process waits inside, with torch in memory; each submission is a fork of it
-that shuts itself in once more, so that submissions do not see each other either.
+Linux with bubblewrap, or with Landlock where a course asks for it. A warm process waits inside, with torch
+in memory; each submission is a fork of it that shuts itself in once more, so that submissions do not see
+each other either.
 """
 
 import contextlib
 import dataclasses
 import json
 import os
+import platform
 import pwd
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import dianlib
-from dianlib.grading import wire
+from dianlib.grading import landlock, wire
 from dianlib.grading.isolation import HOME, Limits
 
 PACKAGE = Path(dianlib.__file__).parent
@@ -33,6 +35,7 @@ OWN_FILES = {
     "grading/__init__.py": "grading/__init__.py",
     "grading/wire.py": "grading/wire.py",
     "grading/isolation.py": "grading/isolation.py",
+    "grading/landlock.py": "grading/landlock.py",
     "grading/inside.py": "grading/inside.py",
 }
 START_SECONDS = 180.0
@@ -74,11 +77,12 @@ class Box:
 
 
 class Sandbox:
-    """A warm process in bubblewrap. Processes that share one each use a channel of their own.
+    """A warm process that is shut in. Processes that share one each use a channel of their own.
 
     ``modules`` names the modules of dianlib that students may import; ``data`` is the folder with the data
     sets, and ``hidden`` are folders to cover where they lie within what is seen inside, a course for one.
-    Raises SandboxError when the isolation cannot be had, or does not hold what it must.
+    ``isolation`` is one of ISOLATIONS; another one is never tried. Raises SandboxError when it cannot be had,
+    or does not hold what it must.
     """
 
     def __init__(
@@ -88,7 +92,12 @@ class Sandbox:
         data: Path | None = None,
         channels: int = 1,
         hidden: Sequence[Path] = (),
+        isolation: str = "namespaces",
     ) -> None:
+        if isolation not in ISOLATIONS:
+            known = " or ".join(map(repr, ISOLATIONS))
+            raise SandboxError(f"{_ONLY}: c.Judge.isolation can be {known}, and is {isolation!r}.")
+        self._isolation = ISOLATIONS[isolation]()
         self.modules = tuple(modules)
         self.limits = limits or Limits()
         self.data = data
@@ -123,10 +132,11 @@ class Sandbox:
             channel.close()
         if self._owner == os.getpid():
             try:
-                self._bubblewrap.wait(timeout=5)  # it leaves when nobody speaks to it any more
+                self._process.wait(timeout=5)  # it leaves when nobody speaks to it any more
             except subprocess.TimeoutExpired:
-                self._bubblewrap.kill()
-                self._bubblewrap.wait()
+                self._process.kill()
+                self._process.wait()
+            self._isolation.clear()
 
     def _open(self) -> Box:
         ours, its = socket.socketpair()
@@ -151,12 +161,12 @@ class Sandbox:
         pairs = [socket.socketpair() for _ in range(channels)]
         inner = [its.fileno() for _, its in pairs]
         command = [
-            *_command(self.modules, self.data, self.hidden),
+            *self._isolation.command(self.modules, self.data, self.hidden),
             ",".join(map(str, inner)),
             ",".join(self._imports()),
         ]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (it lives as long as the sandbox)
-        self._bubblewrap = subprocess.Popen(
+        self._process = subprocess.Popen(
             command, pass_fds=inner, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._log
         )
         self._owner = os.getpid()
@@ -168,10 +178,10 @@ class Sandbox:
                 wire.receive(channel, START_SECONDS)
         except wire.WireError:
             self.close()
-            raise SandboxError(_why(self._said())) from None
+            raise SandboxError(self._isolation.why(self._said())) from None
 
     def _said(self) -> str:
-        """Return what bubblewrap, or Python inside it, printed."""
+        """Return what the warm process, or what started it, printed."""
         self._log.seek(0)
         return self._log.read(100_000)
 
@@ -183,12 +193,14 @@ class Sandbox:
         """Look from inside whether the walls stand, before the first student's code runs."""
         try:
             box = self.open()
-            answer, _ = box.ask({"do": "cell", "source": SELF_TEST, "seconds": 20.0}, seconds=25.0)
+            answer, _ = box.ask(
+                {"do": "cell", "source": self._isolation.self_test, "seconds": 20.0}, seconds=25.0
+            )
             box.close()
             found = json.loads(answer["text"])
         except (wire.WireError, ValueError, KeyError, TypeError):
             self.close()
-            raise SandboxError(_why(self._said())) from None
+            raise SandboxError(self._isolation.why(self._said())) from None
         broken = [what for what, holds in found.items() if not holds]
         if broken:
             self.close()
@@ -208,55 +220,32 @@ def _request(
     return wire.receive(channel, 60)[0]
 
 
-# ----- bubblewrap ------------------------------------------------------------------------------------------
-
-_ALLOW = (
-    "Allow it (Debian: `sudo sysctl kernel.unprivileged_userns_clone=1`; Ubuntu 24.04: "
-    "`sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0`; Docker: "
-    "`--security-opt seccomp=unconfined --security-opt systempaths=unconfined`), then grade again."
-)
+# ----- what all ways to shut students' code in share -------------------------------------------------------
 
 
-def _command(modules: Sequence[str], data: Path | None, hidden: Sequence[Path]) -> list[str]:
-    """Return the command that starts the warm process, without its two arguments."""
+class Isolation(Protocol):
+    """A way to start a warm process behind walls."""
+
+    @property
+    def self_test(self) -> str:
+        """Code that runs in a box and prints a JSON object: what must not be -> whether it is not."""
+
+    def command(self, modules: Sequence[str], data: Path | None, hidden: Sequence[Path]) -> list[str]:
+        """Return the command that starts the warm process, without its last two arguments."""
+
+    def why(self, log: str) -> str:
+        """Make one sentence of what was printed before it ended too early."""
+
+    def clear(self) -> None:
+        """Remove what the command has left behind."""
+
+
+def _check_system() -> None:
     if sys.platform != "linux":
         raise SandboxError(
             f"{_ONLY}, which needs Linux. On macOS and Windows grade in a Linux container or a virtual "
             'machine: the chapter "Grading a class" shows how.'
         )
-    bubblewrap = shutil.which("bwrap")
-    if bubblewrap is None:
-        raise SandboxError(
-            f"{_ONLY}, and bubblewrap is not installed: install it (Debian and Ubuntu: "
-            "`sudo apt install bubblewrap`), then grade again."
-        )
-    command = [bubblewrap, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
-    command += ["--unshare-cgroup-try", "--die-with-parent", "--new-session", "--clearenv"]
-    # Never run students' code as root: whoever grades as root gives its rights away inside, as soon as the
-    # folders are in place. Anybody else needs a user namespace to put them there.
-    identity = _nobody() if os.geteuid() == 0 else []
-    command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if identity else ["--unshare-user"]
-    command += ["--proc", "/proc", "--dev", "/dev", "--perms", "1777", "--tmpfs", "/tmp"]
-    command += ["--perms", "1777", "--tmpfs", HOME, "--chdir", HOME]
-    environment = {
-        "HOME": HOME,
-        "PATH": "/usr/bin:/bin",
-        "LANG": "C.UTF-8",
-        "PYTHONPATH": COURSE,
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "OMP_NUM_THREADS": "1",
-        "NBGRADER_EXECUTION": "autograde",
-        "DIANLIB_PROGRESS": "",
-    }
-    if data is not None:
-        environment["DIANLIB_DATA"] = "/data"
-    for link in ("/bin", "/sbin", "/lib", "/lib64", "/lib32"):
-        if Path(link).is_symlink():
-            command += ["--symlink", str(Path(link).readlink()), link]
-    command += _mounts(modules, data, hidden)
-    for name, value in environment.items():
-        command += ["--setenv", name, value]
-    return [*command, "--", *identity, sys.executable, "-P", "-s", "-m", "dianlib.grading.inside"]
 
 
 def _nobody() -> list[str]:
@@ -266,43 +255,29 @@ def _nobody() -> list[str]:
     return ["setpriv", *identity, "--inh-caps=-all", "--ambient-caps=-all", "--bounding-set=-all", "--"]
 
 
-def _mounts(modules: Sequence[str], data: Path | None, hidden: Sequence[Path]) -> list[str]:
-    """Return the part of the command that says what is seen inside: programs, Python, a part of dianlib."""
-    # Python where it lies, and where it is called when a link leads there.
-    python = [
-        folder for name in (sys.base_prefix, sys.prefix) for folder in (Path(name), Path(name).resolve())
-    ]
-    for folder in python:
-        if any(folder.is_relative_to(private) for private in ("/tmp", "/dev", HOME)):
-            raise SandboxError(
-                f"{_ONLY}, which has a {folder.parts[1]!r} folder of its own, and Python lies in {folder}: "
-                "make its environment in another folder, then grade again."
-            )
-    visible = {folder: folder.resolve() for folder in (*_system_folders(), *python)}
-    files = [Path(name) for name in ("/etc/ld.so.cache", "/etc/alternatives")]
-    places = visible | {file: file for file in files if file.exists()}
-    for target, source in [*OWN_FILES.items(), *((name := _file_of(m), name) for m in modules)]:
-        places[Path(COURSE, "dianlib", target)] = PACKAGE / source
-    if data is not None:
-        places[Path("/data")] = data.resolve()
-    mounts = {target: ["--ro-bind", str(source), str(target)] for target, source in places.items()}
-    # What lies among these places and is not for students: an installed dianlib with all its references, and
-    # a course that is kept in /usr/src, as containers often do.
-    covered = [
-        folder.resolve()
-        for folder in (PACKAGE, *hidden)
-        if any(folder.resolve().is_relative_to(source) for source in visible.values())
-    ]
-    mounts |= {folder: ["--perms", "0755", "--tmpfs", str(folder)] for folder in covered}
-    # bubblewrap would make the folders above these places for their owner only.
-    for parent in {parent for place in places for parent in place.parents} - mounts.keys():
-        mounts[parent] = ["--perms", "0755", "--dir", str(parent)]
-    command = [part for place in sorted(mounts, key=lambda p: len(p.parts)) for part in mounts[place]]
-    # Some of these folders belong to whoever grades. What one submission could write there, the next one
-    # would find, and import.
-    for folder in (*covered, Path("/dev"), Path("/")):
-        command += ["--remount-ro", str(folder)]
-    return command
+def _environment(home: str, course: str, data: str | None) -> dict[str, str]:
+    """Return the environment inside; nothing of the grader's own is in it."""
+    environment = {
+        "HOME": home,
+        "PATH": "/usr/bin:/bin",
+        "LANG": "C.UTF-8",
+        "PYTHONPATH": course,
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+        "NBGRADER_EXECUTION": "autograde",
+        "DIANLIB_PROGRESS": "",
+    }
+    return environment if data is None else environment | {"DIANLIB_DATA": data}
+
+
+def _files(modules: Sequence[str]) -> dict[str, Path]:
+    """Return the files that dianlib consists of inside, by their names there."""
+    named = {name: name for name in map(_file_of, modules)}
+    return {target: PACKAGE / source for target, source in (OWN_FILES | named).items()}
+
+
+def _file_of(module: str) -> str:
+    return module.removeprefix("dianlib.").replace(".", "/") + ".py"
 
 
 def _system_folders() -> list[Path]:
@@ -310,17 +285,23 @@ def _system_folders() -> list[Path]:
     return [folder for folder in named if folder.is_dir() and not folder.is_symlink()]
 
 
-def _file_of(module: str) -> str:
-    return module.removeprefix("dianlib.").replace(".", "/") + ".py"
+SYSTEM_FILES = [Path("/etc/ld.so.cache"), Path("/etc/alternatives")]
 
 
-def _why(log: str) -> str:
-    """Make one sentence of what bubblewrap, or Python inside it, printed before it ended."""
+def _last_line(log: str) -> str:
     lines = [line for line in log.splitlines() if line.strip()]
-    last = lines[-1].strip() if lines else "it ended without a word"
-    if "namespace" in log or "uid map" in log or "Operation not permitted" in log:
-        return f"{_ONLY}, and this system does not let bubblewrap make one ({last}). {_ALLOW}"
-    return f"{_ONLY}, and it did not start ({last})."
+    return lines[-1].strip() if lines else "it ended without a word"
+
+
+# ----- namespaces, with bubblewrap ------------------------------------------------------------------------
+
+_ALLOW = (
+    "Allow it (Debian: `sudo sysctl kernel.unprivileged_userns_clone=1`; Ubuntu 24.04: "
+    "`sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0`; Docker: "
+    "`--security-opt seccomp=unconfined --security-opt systempaths=unconfined`), then grade again. "
+    "Where that cannot be, `c.Judge.isolation = 'landlock'` is a way with thinner walls: see the chapter "
+    '"Grading a class".'
+)
 
 
 # Runs in a box. Prints a JSON object: what must hold -> whether it does.
@@ -349,3 +330,196 @@ print(json.dumps({
     "it becomes root": refused(lambda: os.setuid(0)),
 }))
 """
+
+
+class Bubblewrap:
+    """Namespaces: inside there are no other processes, networks and users, and only some files."""
+
+    self_test = SELF_TEST
+
+    def command(self, modules: Sequence[str], data: Path | None, hidden: Sequence[Path]) -> list[str]:
+        """Return the command that makes the namespaces and starts the warm process in them."""
+        _check_system()
+        bubblewrap = shutil.which("bwrap")
+        if bubblewrap is None:
+            raise SandboxError(
+                f"{_ONLY}, and bubblewrap is not installed: install it (Debian and Ubuntu: "
+                "`sudo apt install bubblewrap`), then grade again."
+            )
+        command = [bubblewrap, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
+        command += ["--unshare-cgroup-try", "--die-with-parent", "--new-session", "--clearenv"]
+        # Never run students' code as root: whoever grades as root gives its rights away inside, as soon as
+        # the folders are in place. Anybody else needs a user namespace to put them there.
+        identity = _nobody() if os.geteuid() == 0 else []
+        command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if identity else ["--unshare-user"]
+        command += ["--proc", "/proc", "--dev", "/dev", "--perms", "1777", "--tmpfs", "/tmp"]
+        command += ["--perms", "1777", "--tmpfs", HOME, "--chdir", HOME]
+        for link in ("/bin", "/sbin", "/lib", "/lib64", "/lib32"):
+            if Path(link).is_symlink():
+                command += ["--symlink", str(Path(link).readlink()), link]
+        command += _mounts(modules, data, hidden)
+        environment = _environment(HOME, COURSE, None if data is None else "/data")
+        for name, value in environment.items():
+            command += ["--setenv", name, value]
+        return [*command, "--", *identity, sys.executable, "-P", "-s", "-m", "dianlib.grading.inside"]
+
+    def why(self, log: str) -> str:
+        """Say what to do where the system does not let bubblewrap make namespaces."""
+        last = _last_line(log)
+        if "namespace" in log or "uid map" in log or "Operation not permitted" in log:
+            return f"{_ONLY}, and this system does not let bubblewrap make one ({last}). {_ALLOW}"
+        return f"{_ONLY}, and it did not start ({last})."
+
+    def clear(self) -> None:
+        """Do nothing: the folders were in memory."""
+
+
+def _mounts(modules: Sequence[str], data: Path | None, hidden: Sequence[Path]) -> list[str]:
+    """Return the part of the command that says what is seen inside: programs, Python, a part of dianlib."""
+    # Python where it lies, and where it is called when a link leads there.
+    python = [
+        folder for name in (sys.base_prefix, sys.prefix) for folder in (Path(name), Path(name).resolve())
+    ]
+    for folder in python:
+        if any(folder.is_relative_to(private) for private in ("/tmp", "/dev", HOME)):
+            raise SandboxError(
+                f"{_ONLY}, which has a {folder.parts[1]!r} folder of its own, and Python lies in {folder}: "
+                "make its environment in another folder, then grade again."
+            )
+    visible = {folder: folder.resolve() for folder in (*_system_folders(), *python)}
+    places = visible | {file: file for file in SYSTEM_FILES if file.exists()}
+    places |= {Path(COURSE, "dianlib", target): source for target, source in _files(modules).items()}
+    if data is not None:
+        places[Path("/data")] = data.resolve()
+    mounts = {target: ["--ro-bind", str(source), str(target)] for target, source in places.items()}
+    # What lies among these places and is not for students: an installed dianlib with all its references, and
+    # a course that is kept in /usr/src, as containers often do.
+    covered = [
+        folder.resolve()
+        for folder in (PACKAGE, *hidden)
+        if any(folder.resolve().is_relative_to(source) for source in visible.values())
+    ]
+    mounts |= {folder: ["--perms", "0755", "--tmpfs", str(folder)] for folder in covered}
+    # bubblewrap would make the folders above these places for their owner only.
+    for parent in {parent for place in places for parent in place.parents} - mounts.keys():
+        mounts[parent] = ["--perms", "0755", "--dir", str(parent)]
+    command = [part for place in sorted(mounts, key=lambda p: len(p.parts)) for part in mounts[place]]
+    # Some of these folders belong to whoever grades. What one submission could write there, the next one
+    # would find, and import.
+    for folder in (*covered, Path("/dev"), Path("/")):
+        command += ["--remount-ro", str(folder)]
+    return command
+
+
+# ----- Landlock --------------------------------------------------------------------------------------------
+
+
+class Confinement:
+    """Landlock: the warm process is started as it is, and shuts itself in (see dianlib.grading.landlock)."""
+
+    def __init__(self) -> None:
+        self._base = Path()
+        self._private: list[Path] = []
+
+    @property
+    def self_test(self) -> str:
+        """The test, with the names of the folders that must not be read."""
+        return LANDLOCK_SELF_TEST.replace("PRIVATE", json.dumps([str(path) for path in self._private]))
+
+    def command(self, modules: Sequence[str], data: Path | None, hidden: Sequence[Path]) -> list[str]:
+        """Prepare a folder with the files for the inside, and return the command that confines itself."""
+        _check_system()
+        _check_landlock()
+        python = [Path(name).resolve() for name in (sys.base_prefix, sys.prefix)]
+        readable = [*_system_folders(), *python, *SYSTEM_FILES, *([data.resolve()] if data else [])]
+        identity = []
+        if os.geteuid() == 0:
+            identity = _nobody()
+            _check_open_to_nobody(readable)
+        self._private = [folder.resolve() for folder in hidden]
+        self._base = Path(tempfile.mkdtemp(prefix="dianlib-")).resolve()
+        course, rooms = self._base / "course", self._base / "rooms"
+        for target, source in _files(modules).items():
+            (course / "dianlib" / target).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, course / "dianlib" / target)
+        rooms.mkdir(mode=0o700)
+        if identity:
+            for path in (self._base, course, *course.rglob("*")):
+                path.chmod(0o755)
+            shutil.chown(rooms, "nobody")
+        places = {
+            "readable": [str(place) for place in (*readable, course)],
+            "hidden": [str(place) for place in (PACKAGE.resolve(), self._base, *self._private)],
+            "rooms": str(rooms),
+        }
+        environment = _environment(str(rooms), str(course), str(data.resolve()) if data else None)
+        command = ["env", "--ignore-environment", f"TMPDIR={rooms}"]
+        command += [f"{name}={value}" for name, value in environment.items()]
+        command += [*identity, sys.executable, "-P", "-s", "-m", "dianlib.grading.landlock"]
+        return [*command, json.dumps(places)]
+
+    def why(self, log: str) -> str:
+        """Quote what Python said last."""
+        return f"{_ONLY}, and it did not start ({_last_line(log)})."
+
+    def clear(self) -> None:
+        """Remove the folder."""
+        if self._base.name:
+            landlock.remove(self._base)
+
+
+def _check_landlock() -> None:
+    found = landlock.version()
+    if found < landlock.VERSION:
+        has = f"only version {found}" if found else "none, or has it switched off"
+        raise SandboxError(
+            f"{_ONLY}, and c.Judge.isolation = 'landlock' needs version {landlock.VERSION} of Landlock, that "
+            f"is Linux 6.12 or later; this system, Linux {platform.release()}, has {has}."
+        )
+
+
+def _check_open_to_nobody(places: Sequence[Path]) -> None:
+    for place in places:
+        for folder in reversed(place.parents):
+            if not folder.stat().st_mode & 0o001:
+                raise SandboxError(
+                    f"{_ONLY}, for root as the user nobody, who cannot enter {folder} and needs {place}: "
+                    "have it elsewhere, in /opt for example, or do not grade as root."
+                )
+
+
+# Runs in a box, like the other one. PRIVATE stands for folders that must not be read.
+LANDLOCK_SELF_TEST = f"""
+import ctypes, importlib, json, os, socket
+from pathlib import Path
+
+def refused(action):
+    try:
+        action()
+    except (OSError, ImportError):
+        return True
+    return False
+
+print(json.dumps({{
+    "it runs as root": os.getuid() != 0,
+    "it reaches the network": refused(socket.socket),
+    "it reads the course": all(refused(lambda: os.listdir(folder)) for folder in PRIVATE),
+    "it reads other submissions": refused(lambda: os.listdir("../..")),
+    "it sees other processes": refused(lambda: os.listdir("/proc")),
+    "it signals other processes": refused(lambda: os.kill(os.getppid(), 0)),
+    "it writes to the system": all(
+        refused(Path(folder, ".dianlib").touch) for folder in ("/", "/usr", "/dev/shm", "/tmp", "../..")
+    ),
+    "it changes rights": refused(lambda: os.chmod(".", 0o700)),
+    "it sees the references": all(
+        refused(lambda: importlib.import_module(f"dianlib.checks.{{name}}"))
+        and refused(Path({str(PACKAGE)!r}, "checks", f"{{name}}.py").read_bytes)
+        for name in ("judging", "registry", "task")
+    ),
+    "it makes namespaces": ctypes.CDLL(None).unshare(0x10000000) == -1,
+    "it becomes root": refused(lambda: os.setuid(0)),
+    "it cannot start a process": not refused(lambda: os.fork() or os._exit(0)),
+}}))
+"""
+
+ISOLATIONS: dict[str, Callable[[], Isolation]] = {"namespaces": Bubblewrap, "landlock": Confinement}
