@@ -22,7 +22,7 @@ from nbgrader.converters.base import NbGraderException
 from nbgrader.preprocessors import NbGraderPreprocessor
 from nbgrader.utils import is_solution, rmtree
 from sqlalchemy import Engine, event
-from traitlets import Float, Integer
+from traitlets import Float, Integer, Unicode
 
 from dianlib.checks.judging import Bench, Report, judge, unusable
 from dianlib.checks.task import Task
@@ -45,13 +45,15 @@ def _wait_for_others(connection: Any, _: Any) -> None:
 _sandboxes: dict[tuple[Path, tuple[str, ...]], Sandbox] = {}
 
 
-def sandbox_for(course: Path, modules: tuple[str, ...], limits: Limits, channels: int = 1) -> Sandbox:
+def sandbox_for(
+    course: Path, modules: tuple[str, ...], limits: Limits, channels: int = 1, isolation: str = "namespaces"
+) -> Sandbox:
     """Return the warm sandbox for an assignment's modules, started when it is first needed."""
     course = course.resolve()
     if (course, modules) not in _sandboxes:
         named = os.environ.get("DIANLIB_DATA")
         data = Path(named) if named and Path(named).is_dir() else None
-        sandbox = Sandbox(modules, limits, data, channels, hidden=[course])
+        sandbox = Sandbox(modules, limits, data, channels, [course], isolation)
         _sandboxes[course, modules] = sandbox
         atexit.register(sandbox.close)
     return _sandboxes[course, modules]
@@ -157,11 +159,16 @@ class Judge(NbGraderPreprocessor):  # type: ignore[misc]
     )
     processes = Integer(64, help="How many processes and threads a submission may have.").tag(config=True)
     disk_mb = Integer(100, help="How much a submission may write.").tag(config=True)
+    isolation = Unicode(
+        "namespaces",
+        help="How submissions are shut in: 'namespaces', with bubblewrap; or 'landlock', which is weaker, "
+        "where the system allows no namespaces.",
+    ).tag(config=True)
 
     def sandbox(self, course: Path, modules: tuple[str, ...], channels: int = 1) -> Sandbox:
         """Return the warm sandbox with the limits that were configured."""
         limits = Limits(memory=self.memory_mb << 20, processes=self.processes, disk=self.disk_mb << 20)
-        return sandbox_for(course, modules, limits, channels)
+        return sandbox_for(course, modules, limits, channels, self.isolation)
 
     def preprocess(self, notebook: NotebookNode, resources: Any) -> tuple[NotebookNode, Any]:
         """Run and judge one notebook."""
