@@ -298,8 +298,8 @@ def _last_line(log: str) -> str:
 _ALLOW = (
     "Allow it (Debian: `sudo sysctl kernel.unprivileged_userns_clone=1`; Ubuntu 24.04: "
     "`sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0`; Docker: "
-    "`--security-opt seccomp=unconfined --security-opt systempaths=unconfined`), or choose thinner walls that "
-    "need no namespaces (`c.Judge.isolation = 'landlock'`, see the chapter \"Grading a class\"), "
+    "`--security-opt seccomp=unconfined --security-opt systempaths=unconfined`), or choose thinner walls "
+    "without namespaces (`c.Judge.isolation = 'landlock'`, see the chapter \"Grading a class\"), "
     "then grade again."
 )
 
