@@ -256,6 +256,12 @@ class _Grading:
         return found
 
 
+def _defining(sources: list[str], name: str) -> str:
+    """Find the answer of a notebook whose answer cell is gone: the last cell that defines the name."""
+    definition = re.compile(rf"^(def|class)\s+{name}\b|^{name}\s*=", re.MULTILINE)
+    return next((source for source in reversed(sources) if definition.search(source)), "")
+
+
 def _report(task: Task, name: str, bench: Bench, session: Session, sources: list[str]) -> tuple[Report, str]:
     """Ask the sandbox for one answer and judge it."""
     answer = session.task(bench, name, task.forbidden)
