@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,54 +31,66 @@ class Cell:
 def read_file(path: Path, limit: int) -> bytes:
     """Read an ordinary file, and nothing else. Raises Unreadable."""
     try:
-        # Without waiting for the other end of a pipe, and without following a link.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as stream:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise Unreadable(f"{path.name} is not an ordinary file.")
-            if status.st_size > limit:
-                raise Unreadable(f"{path.name} is larger than {limit >> 20} MB.")
-            return stream.read(limit + 1)[:limit]
+        return _read_file(path, limit)
     except OSError as error:
         reason = "it is a link" if path.is_symlink() else error.strerror
-        raise Unreadable(f"{path.name} cannot be read: {reason}.") from None
+        raise Unreadable(f"{shown(path.name)} cannot be read: {reason}.") from None
+
+
+def _read_file(path: Path, limit: int) -> bytes:
+    # Without waiting for the other end of a pipe, and without following a link.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise Unreadable(f"{shown(path.name)} is not an ordinary file.")
+        if status.st_size > limit:
+            raise Unreadable(f"{shown(path.name)} is larger than {limit >> 20} MB.")
+        with os.fdopen(descriptor, "rb", closefd=False) as stream:
+            return stream.read(limit)
+    finally:
+        os.close(descriptor)
+
+
+def shown(name: str) -> str:
+    """Write a file name in one line: its odd characters could not be stored, or would move the cursor."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name)
 
 
 def read_notebook(path: Path) -> list[Cell]:
     """Read the cells of a notebook of format 3 or 4. Raises Unreadable."""
-    content = read_file(path, MAX_NOTEBOOK)
+    content, name = read_file(path, MAX_NOTEBOOK), shown(path.name)
     try:
         # A byte that is no character becomes a question mark: one damaged comment should not cost all points.
         notebook = json.loads(content.decode(json.detect_encoding(content), "replace"))
     except RecursionError:
-        raise Unreadable(f"{path.name} is nested too deeply to be a notebook.") from None
+        raise Unreadable(f"{name} is nested too deeply to be a notebook.") from None
     except ValueError:
-        raise Unreadable(f"{path.name} is damaged: it is not a complete JSON file.") from None
-    if not isinstance(notebook, dict) or not isinstance(notebook.get("nbformat"), int):
-        raise Unreadable(f"{path.name} is not a notebook.")
+        raise Unreadable(f"{name} is damaged: it is not a complete JSON file.") from None
+    if not isinstance(notebook, dict) or type(notebook.get("nbformat")) is not int:
+        raise Unreadable(f"{name} is not a notebook.")
     if notebook["nbformat"] not in (3, 4):
-        raise Unreadable(f"{path.name} has the notebook format {notebook['nbformat']}; save it in format 4.")
-    cells = list(_cells(notebook))
+        raise Unreadable(f"{name} has the notebook format {notebook['nbformat']!s:.10}; save it in format 4.")
+    sheets = [notebook] if notebook["nbformat"] == 4 else notebook.get("worksheets")
+    lists = [sheet.get("cells") for sheet in _dictionaries(sheets)]
+    if not lists or not all(isinstance(cells, list) for cells in lists):
+        raise Unreadable(f"{name} is damaged: it has no list of cells.")
+    cells = [_cell(cell) for cells in lists for cell in _dictionaries(cells)]
     if len(cells) > MAX_CELLS:
-        raise Unreadable(f"{path.name} has more than {MAX_CELLS:,} cells.")
+        raise Unreadable(f"{name} has more than {MAX_CELLS:,} cells.")
     return cells
 
 
-def _cells(notebook: dict[str, Any]) -> Iterator[Cell]:
-    sheets = notebook["worksheets"] if isinstance(notebook.get("worksheets"), list) else [notebook]
-    for sheet in sheets:
-        cells = sheet.get("cells") if isinstance(sheet, dict) else None
-        for cell in cells if isinstance(cells, list) else []:
-            if isinstance(cell, dict):
-                yield _cell(cell)
+def _dictionaries(parts: Any) -> list[dict[str, Any]]:
+    return [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
 
 
 def _cell(cell: dict[str, Any]) -> Cell:
     source = cell.get("source", cell.get("input", ""))  # format 3 calls it input
-    lines = [part for part in source if isinstance(part, str)] if isinstance(source, list) else [str(source)]
+    lines = source if isinstance(source, list) else [source]
+    text = "".join(line for line in lines if isinstance(line, str)).replace("\r\n", "\n")[:MAX_SOURCE]
     # A lone half of a pair of code units cannot be written to a file.
-    text = "".join(lines)[:MAX_SOURCE].encode("utf-8", "replace").decode().replace("\r\n", "\n")
+    text = text.encode("utf-8", "replace").decode()
     metadata = cell.get("metadata")
     marks = metadata.get("nbgrader") if isinstance(metadata, dict) else None
     grade_id = marks.get("grade_id") if isinstance(marks, dict) else None
