@@ -44,6 +44,7 @@ pytestmark = [
 
 SUBMISSIONS = {"a slow one", "blank", "mistaken", "perfect", "jürgen", "torn"}
 PASSWORD = "hush/hush@hush"
+PATIENCE = 180  # seconds after which what a test waits for will not happen any more
 SLOW = 4  # seconds that one submission sleeps, so that it can be met in the middle
 
 
@@ -109,8 +110,8 @@ def answers(server: Server) -> bool:
     return False
 
 
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline, f"never happened: {what}"
         time.sleep(0.02)
@@ -293,9 +294,9 @@ def test_all_is_graded_although_a_worker_is_killed(
 
         waiting = course.start("dianlib", "grade", "metrics", "--queue", course.url)
         with ended(waiting):
-            said = second.communicate()[0]
+            said = second.communicate(timeout=PATIENCE)[0]
             assert second.returncode == 0, said
-            summary = waiting.communicate()[0]
+            summary = waiting.communicate(timeout=PATIENCE)[0]
             assert waiting.returncode == 1, summary  # one submission cannot be read
     assert re.search(r"^5 graded .* 1 failed\n  torn: ", summary, re.MULTILINE), summary
     assert len(re.findall(r"^metrics/.*: (?:graded|failed)", said, re.MULTILINE)) == 6, said
@@ -362,7 +363,7 @@ def test_a_worker_outlives_its_processes_and_bad_jobs_and_leaves_when_told(
         assert enqueue(course) == 0
         wait_for(lambda: slow() == ("doing", 0, 0), "the job is taken")
         worker.send_signal(signal.SIGTERM)
-        said = worker.communicate(timeout=60)[0]
+        said = worker.communicate(timeout=PATIENCE)[0]
     assert worker.returncode == 0, said
     assert slow() == ("succeeded", 1, 0)
     (record,) = course.records()

@@ -581,6 +581,8 @@ def _grade(course: "Course", names: dict[str, Any]) -> str:
         record = course.grade(*known)
     except GradingError as error:
         raise _Failed(str(error)) from None
+    except Exception as error:  # a fault of ours or of the course's settings: the next job may go well
+        raise _Failed(f"{type(error).__name__}: {error}") from None
     flags = ", ".join(flag.kind for flag in record.flags)
     result = record.status if record.status == "graded" else f"failed: {record.reason}"
     return f"{_shown(names)}: {result}{f' ({flags})' if flags else ''}, {record.seconds:.1f} s"
