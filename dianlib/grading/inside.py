@@ -67,15 +67,29 @@ def main(isolation: Isolation) -> None:
                     _close(process)
 
 
+class _Shell(InteractiveShell):
+    """IPython's shell for cells, without a terminal or a kernel around it."""
+
+    def showtraceback(self, *details: Any, **more: Any) -> None:
+        """Print nothing: an error is reported once, by us."""
+
+    showsyntaxerror = showtraceback
+
+    def enable_gui(self, gui: str | None = None) -> None:
+        """Carry on: ``%matplotlib inline``, the first line of many notebooks, asks for this."""
+
+    def ask_exit(self) -> None:
+        """Carry on after ``exit()``, so that the cells below it can be graded."""
+
+
 def _warm_shell() -> InteractiveShell:
     """Make the shell that runs cells, and have torch load now what it loads when it is first used."""
     settings = Config()
     settings.HistoryManager.enabled = False
     settings.InteractiveShell.colors = "nocolor"
-    shell = InteractiveShell.instance(config=settings)
-    # An error is reported once, by us, and not printed as well.
-    shell._showtraceback = lambda *details: None  # type: ignore[method-assign]
-    shell.run_cell("%matplotlib inline\nimport matplotlib.pyplot", store_history=False)
+    shell = _Shell.instance(config=settings)
+    shell.run_line_magic("matplotlib", "inline")
+    warnings.filterwarnings("ignore", "To exit: use")  # IPython's advice to whoever sits at a terminal
     torch.set_num_threads(1)
     layer = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
@@ -227,7 +241,7 @@ class Submission:
             "text": text.getvalue(),
             "cut": text.cut,
             "shown": [{kind: str(data) for kind, data in picture.items()} for picture in pictures],
-            "error": None if error is None else [type(error).__name__, describe(error)],
+            "error": None if error is None else [type(error).__name__, _describe(error)],
         }
 
     def write_file(self, name: str, content: bytes) -> None:
@@ -402,6 +416,13 @@ def _sealed_function(connection: socket.socket, described: dict[str, Any]) -> Ca
 
     function.__name__ = function.__qualname__ = str(described["name"])
     return function
+
+
+def _describe(error: BaseException) -> str:
+    """Say what a cell raised, and in which of its lines."""
+    if isinstance(error, SyntaxError) and isinstance(error.text, str):
+        return f'{type(error).__name__}: {error.msg}\n    in the line "{error.text.strip()[:200]}"'
+    return describe(error)
 
 
 # ----- small tools -----------------------------------------------------------------------------------------
