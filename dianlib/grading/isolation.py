@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -40,7 +41,7 @@ class Limits:
 NEW_CGROUP, NEW_MOUNTS, NEW_UTS, NEW_IPC = 0x02000000, 0x00020000, 0x04000000, 0x08000000
 NEW_USER, NEW_PIDS, NEW_NETWORK, NEW_TIME = 0x10000000, 0x20000000, 0x40000000, 0x00000080
 READ_ONLY, NO_SETUID, NO_DEVICES, NO_EXECUTION = 1, 2, 4, 8
-PRIVATE, RECURSIVE = 1 << 18, 1 << 14
+BIND, RECURSIVE, PRIVATE = 1 << 12, 1 << 14, 1 << 18
 SET_DEATH_SIGNAL, DROP_BOUNDING_CAPABILITY, SET_NO_NEW_PRIVILEGES = 1, 24, 38
 
 # System calls that no notebook needs: other processes' memory, mounts, kernel modules, keys, tracing.
@@ -105,8 +106,15 @@ def enter_namespaces(limits: Limits) -> None:
     Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
     Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
     _mount("none", "/", "", PRIVATE | RECURSIVE)
+    # Python itself may lie in /tmp, in a clone that was made there to try something.
+    python = {Path(place) for place in (sys.prefix, sys.base_prefix)}
+    covered = {place: os.open(place, os.O_PATH) for place in python if place.is_relative_to("/tmp")}
     for folder in ("/tmp", "/dev/shm", HOME):
         _mount("tmpfs", folder, f"size={limits.disk},nr_inodes=10000", NO_SETUID | NO_DEVICES)
+    for place, descriptor in covered.items():
+        place.mkdir(parents=True, exist_ok=True)
+        _mount(f"/proc/self/fd/{descriptor}", str(place), "", BIND | RECURSIVE)
+        os.close(descriptor)
     _mount("tmpfs", "/proc", "size=0", READ_ONLY | NO_SETUID | NO_DEVICES | NO_EXECUTION)
 
 
