@@ -699,7 +699,7 @@ def test_other_systems_are_told_what_works(monkeypatch: pytest.MonkeyPatch, syst
     assert "container" in found
 
 
-@pytest.mark.parametrize("prefix", ["/tmp/course/.venv", f"{HOME}/course/.venv"])
+@pytest.mark.parametrize("prefix", ["/dev/shm/.venv", f"{HOME}/course/.venv"])
 def test_python_must_not_lie_in_a_folder_that_boxes_have_for_themselves(
     monkeypatch: pytest.MonkeyPatch, prefix: str
 ) -> None:
