@@ -41,7 +41,7 @@ class Report:
 
 def _number(value: Any) -> float | None:
     """Read a number or a tensor of one number as a float."""
-    if isinstance(value, Tensor) and value.dim() == 0:
+    if isinstance(value, Tensor) and value.dim() == 0 and not value.is_complex():
         return float(value)
     return float(value) if isinstance(value, bool | int | float) else None
 

@@ -254,7 +254,7 @@ class Submission:
         """Run a candidate on all probes, and on the first one again, each outcome in a frame of its own.
 
         The candidate runs in a child process, so that a crash or a loop costs one probe and not the notebook.
-        After a crash or a lost probe another child goes on with the next one, twice at most.
+        After a crash or a probe out of time another child goes on with the next one, twice at most.
         """
         names = self.shell.user_ns
         candidate = names.get(request["name"])
@@ -270,8 +270,8 @@ class Submission:
                 self._send_outcome(Outcome(error="TimeLimit"))
                 number += 1
                 continue
-            finished, failure = self._in_a_child(candidate, request, buffers, number)
-            number += finished
+            finished, late, failure = self._in_a_child(candidate, request, buffers, number, 2 - lost)
+            number, lost = number + finished, lost + late
             again = again and not finished
             if failure == "Died" and not again:
                 again = True  # the same probe once more: its process may have been killed by somebody else
@@ -280,32 +280,41 @@ class Submission:
                 number, lost, again = number + 1, lost + 1, False
 
     def _in_a_child(
-        self, candidate: Any, request: dict[str, Any], buffers: wire.Buffers, first: int
-    ) -> tuple[int, str]:
-        """Run the probes from ``first`` on; return how many were finished, and what stopped the child."""
+        self, candidate: Any, request: dict[str, Any], buffers: wire.Buffers, first: int, patience: int
+    ) -> tuple[int, int, str]:
+        """Run the probes from ``first`` on, until all are done or ``patience`` of them were out of time.
+
+        Returns how many were finished, how many of these were out of time, and what stopped the child.
+        """
         ours, its = socket.socketpair()
         child = os.fork()
         if child == 0:
             _candidate_process(its, candidate, request, buffers, first)
         its.close()
-        finished = 0
+        finished, late, called = 0, 0, False
         try:
-            while first + finished <= len(request["probes"]):
+            while first + finished <= len(request["probes"]) and late < patience:
                 header, answers = wire.receive(ours, request["limit"] + GRACE)
                 wire.send(self.connection, header, answers)
                 if "call" in header:  # of a sealed function: the trusted side knows where it runs
+                    called = True
                     wire.send(ours, *wire.receive(self.connection))
-                else:
-                    finished += 1
+                    continue
+                finished += 1
+                outcome = header.get("outcome")
+                if isinstance(outcome, dict) and outcome.get("error") == "TimeLimit":
+                    late += 1
+                    if called:
+                        break  # an answer that it did not wait for would be taken for the next one
         except wire.TooLate:
-            return finished, "TimeLimit"
+            return finished, late, "TimeLimit"
         except wire.WireError:
-            return finished, "Died"
+            return finished, late, "Died"
         finally:
             ours.close()
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-        return finished, ""
+        return finished, late, ""
 
     def _send_outcome(self, outcome: Outcome) -> None:
         buffers: wire.Buffers = []
