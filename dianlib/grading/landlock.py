@@ -9,8 +9,8 @@ is weaker than namespaces:
 - It can ask whether a file exists anywhere, and how large and how old it is. It cannot read it, or list
   the folder.
 - It can see which process numbers are taken, but nothing about those processes.
-- The limit for processes is the system's, for all processes of a user together. What else this user
-  starts meanwhile counts too.
+- The limit for processes is the system's, for all processes of a user together. What this user starts
+  elsewhere meanwhile, another submission included, takes from it.
 - Its files lie on the disk. Their size is looked at several times a second, so for a moment there can be
   more than the limit allows; files that were deleted but are still open are not seen.
 - Some honest things do not work: chmod, shared memory and what is built on it (a DataLoader with worker
@@ -23,12 +23,14 @@ import dataclasses
 import errno
 import json
 import os
+import resource
 import signal
 import socket
 import stat
 import subprocess
 import sys
 import tempfile
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -65,7 +67,7 @@ DEVICES = {
     Path("/dev/random"): READ_FILE,
     Path("/dev/urandom"): READ_FILE,
 }
-# For processes that run no student's code: to count processes, and to name who is killed first.
+# For processes that run no student's code: to look at their own memory, and to name who is killed first.
 PROCESSES = {Path("/proc"): READ_FILE | READ_DIR | WRITE_FILE | TRUNCATE}
 
 # System calls that reach what belongs to the same user, and that Landlock does not look at.
@@ -199,7 +201,7 @@ class Landlock:
     def enter(self, limits: Limits, warm_memory: int) -> None:
         """Confine the inner process to its folder."""
         prefer_for_killing()
-        processes = limits.processes + _running()
+        processes = limits.processes + _taken()
         for name, folder in {"HOME": "home", "TMPDIR": "tmp"}.items():
             (self._room / folder).mkdir()
             os.environ[name] = str(self._room / folder)
@@ -219,15 +221,23 @@ class Landlock:
         remove(self._room)
 
 
-def _running() -> int:
-    """Count this user's processes and threads: the limit for them is one for all of them together."""
-    found = 0
-    for path in Path("/proc").glob("[0-9]*/status"):
-        with contextlib.suppress(OSError):  # it has just ended
-            fields = dict(line.split(":", 1) for line in path.read_text().splitlines())
-            if int(fields["Uid"].split()[0]) == os.getuid():
-                found += int(fields["Threads"])
-    return found
+def _taken() -> int:
+    """Find out how many processes and threads this user has, by trying which limit leaves room for one more.
+
+    Counting them would miss those of other containers, and the system's limit is one for all of them.
+    """
+    most = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+
+    def has_room(limit: int) -> bool:
+        resource.setrlimit(resource.RLIMIT_NPROC, (limit, most))
+        try:
+            child = os.posix_spawn("/bin/true", ["true"], {})
+        except BlockingIOError:
+            return False
+        os.waitpid(child, 0)
+        return True
+
+    return bisect_left(range(most if most > 0 else 1 << 22), True, key=has_room)
 
 
 def _has_ended(inner: int) -> bool:
