@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +45,7 @@ pytestmark = [
 
 SUBMISSIONS = {"a slow one", "blank", "mistaken", "perfect", "jürgen", "torn"}
 PASSWORD = "hush/hush@hush"
-PATIENCE = 180  # seconds after which what a test waits for will not happen any more
+PATIENCE = 300  # seconds after which what a test waits for will not happen any more
 SLOW = 4  # seconds that one submission sleeps, so that it can be met in the middle
 
 
@@ -256,12 +257,19 @@ def test_the_plain_commands_work_with_a_gradebook_in_postgresql(local: Class) ->
 
 @pytest.fixture
 def enqueue(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Return a function that does in this process what ``dianlib grade --queue URL --no-wait`` does."""
+    """Return a function that does in this process what ``dianlib grade --queue URL`` does."""
 
-    def run(course: Class) -> int:
+    def run(course: Class, wait: bool = False) -> int:
         monkeypatch.setenv("GRADEBOOK", course.url)
-        options = ["--queue", course.url, "--no-wait", "--course", str(course.folder)]
-        return main(["grade", "metrics", *options])
+        options = ["--queue", course.url, "--course", str(course.folder)]
+        if not wait:
+            return main(["grade", "metrics", *options, "--no-wait"])
+        ctrl_c = threading.Timer(PATIENCE, os.kill, (os.getpid(), signal.SIGINT))
+        ctrl_c.start()
+        try:
+            return main(["grade", "metrics", *options])
+        finally:
+            ctrl_c.cancel()
 
     return run
 
@@ -292,12 +300,10 @@ def test_all_is_graded_although_a_worker_is_killed(
         assert course.jobs()["a slow one"] == ("doing", 0, 0)
         second.send_signal(signal.SIGCONT)
 
-        waiting = course.start("dianlib", "grade", "metrics", "--queue", course.url)
-        with ended(waiting):
-            said = second.communicate(timeout=PATIENCE)[0]
-            assert second.returncode == 0, said
-            summary = waiting.communicate(timeout=PATIENCE)[0]
-            assert waiting.returncode == 1, summary  # one submission cannot be read
+        assert enqueue(course, wait=True) == 1  # one submission cannot be read
+        summary = capsys.readouterr().out
+        said = second.communicate(timeout=PATIENCE)[0]
+        assert second.returncode == 0, said
     assert re.search(r"^5 graded .* 1 failed\n  torn: ", summary, re.MULTILINE), summary
     assert len(re.findall(r"^metrics/.*: (?:graded|failed)", said, re.MULTILINE)) == 6, said
     assert PASSWORD not in said + summary

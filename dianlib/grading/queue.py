@@ -516,7 +516,7 @@ class _Grader:
         """Wait until the process is ready. Raises QueueError where it cannot work."""
         try:
             self._receive()
-        except EOFError:
+        except (EOFError, ConnectionError):
             raise _Broken("A process that should grade died when it started.") from None
         self._is_new = False
 
@@ -527,7 +527,7 @@ class _Grader:
                 self.greet()
             self._pipe.send(names)
             return self._receive()
-        except (EOFError, OSError):
+        except (EOFError, ConnectionError):
             if self._killed:
                 raise _Broken("The jobs that ran were given back to the queue.") from None
             self._start()
@@ -550,7 +550,7 @@ def _serve(pipe: Connection, root: Path) -> None:
     die_with_parent()
     from dianlib.grading.driver import Course, GradingError
 
-    with contextlib.suppress(EOFError, BrokenPipeError):  # the worker has left
+    with contextlib.suppress(EOFError, ConnectionError):  # the worker has left
         try:
             course = Course(root)
             pipe.send("ready")
