@@ -60,6 +60,9 @@ class Course:
         try:
             with contextlib.chdir(self.root):
                 app.load_config_file()
+            Autograde(
+                coursedir=CourseDirectory(config=app.config), config=app.config
+            )  # imports what it names
         except Exception as error:
             raise GradingError(f"{self.root / 'nbgrader_config.py'} cannot be used: {error}") from None
         config: Config = app.config
@@ -111,7 +114,7 @@ class Course:
         try:
             judge = plugin.Judge(config=self.config)
             return judge.sandbox(self.root, release.modules_of(self.root, assignment), channels)
-        except SandboxError as error:
+        except (SandboxError, release.Unusable) as error:
             raise GradingError(str(error)) from None
 
     def add_students(self, students: Sequence[str]) -> None:
@@ -348,5 +351,7 @@ def _serve(course: Course, assignment: str, connection: Connection, number: int,
             result: Record | tuple[str, str] = course.grade(assignment, student)
         except GradingError as error:
             result = (student, str(error))
+        except Exception as error:  # a fault of ours costs this submission its grade, and no other
+            result = (student, f"grading it failed with {type(error).__name__}: {error}")
         connection.send(result)
     sandbox.close()
