@@ -18,6 +18,7 @@ from dianlib.grading.sandbox import Box, Sandbox
 SLACK = 4.0
 MAX_CALLS = 5_000  # of sealed functions in one task
 MAX_PICTURE = 3 << 20
+MAX_SHOWN = 20 << 20  # of all that the cells of a submission print and show
 PICTURES = {"image/png": b"\x89PNG\r\n\x1a\n", "image/jpeg": b"\xff\xd8\xff"}
 
 
@@ -66,6 +67,7 @@ class Session:
         self._files = dict(files or {})
         self._end = time.monotonic() + times.submission
         self._restarts = times.restarts
+        self._room = MAX_SHOWN
         self._done: list[str] = []
         self._box: Box | None = None
         self._specimens: dict[int, Source] = {}
@@ -111,7 +113,13 @@ class Session:
         return Shown(error=("ProcessEnded", "This cell ended the process that ran it, so it was left out."))
 
     def _note(self, shown: Shown, answer: dict[str, Any], source: str) -> None:
-        if answer.get("cut") is True:
+        size = len(shown.text) + sum(len(data) for picture in shown.shown for data in picture.values())
+        is_too_much = size > self._room
+        if is_too_much:
+            shown.text, shown.shown = "What this cell showed is left out: it is too much.\n", []
+        else:
+            self._room -= size
+        if is_too_much or answer.get("cut") is True:
             self.flag("output-limit", f"A cell printed more than is kept: {_first(source)}")
         if shown.error and shown.error[0] == "CellTimeLimit":
             self.flag("timeout", f"A cell did not end within {self._times.cell:g} s: {_first(source)}")
@@ -177,13 +185,16 @@ class Session:
         # One probe may be tried twice, each time up to its limit.
         per_probe = 2 * task.limit + SLACK
         deadline = time.monotonic() + min(per_probe, self._left())
-        calls = 0
+        calls, size = 0, 0
         while len(outcomes) <= len(bench.probes):
             header, answers = wire.receive(box.connection, deadline - time.monotonic())
             if "call" in header and calls < MAX_CALLS:
                 calls += 1
                 wire.send(box.connection, *self._call_specimen(header, answers))
                 continue
+            size += sum(map(len, answers))
+            if size > wire.MAX_BYTES:
+                raise wire.WireError("the outcomes are too large")
             outcomes.append(wire.unpack_outcome(header.get("outcome"), answers))
             deadline = time.monotonic() + min(per_probe, self._left())
         return Answer("ready", outcomes)
