@@ -85,6 +85,10 @@ UNREADABLE: dict[str, tuple[bytes, str]] = {
     "cells in an object": (json.dumps(notebook(cells={"0": code()})).encode(), "no list of cells"),
     "no worksheet": (b'{"nbformat": 3, "worksheets": []}', "no list of cells"),
     "worksheets in an object": (b'{"nbformat": 3, "worksheets": {"cells": []}}', "no list of cells"),
+    "600,000 characters": (
+        json.dumps(notebook(*[code("#" * 150_000)] * 4)).encode(),
+        "more than 500,000 characters",
+    ),
     "5,000 cells": (json.dumps(notebook(*[code("")] * 5_000)).encode(), "more than 2,000 cells"),
 }
 

@@ -12,6 +12,7 @@ MAX_NOTEBOOK = 20 << 20
 MAX_FILE = 1 << 20
 MAX_CELLS = 2_000
 MAX_SOURCE = 200_000
+MAX_TEXT = 500_000
 
 
 class Unreadable(Exception):
@@ -78,6 +79,8 @@ def read_notebook(path: Path) -> list[Cell]:
     cells = [_cell(cell) for cells in lists for cell in _dictionaries(cells)]
     if len(cells) > MAX_CELLS:
         raise Unreadable(f"{name} has more than {MAX_CELLS:,} cells.")
+    if sum(len(cell.source) for cell in cells) > MAX_TEXT:
+        raise Unreadable(f"{name} has more than {MAX_TEXT:,} characters of code and text.")
     return cells
 
 
