@@ -20,6 +20,8 @@ from urllib.parse import quote
 
 from filelock import FileLock
 
+SECRET = "secret"
+
 
 @dataclass(frozen=True)
 class Flag:
@@ -72,30 +74,38 @@ def path(folder: Path, assignment: str, student: str) -> Path:
 
 def _file_name(text: str) -> str:
     """Make a file name from an id: a student id may hold anything but "/", even a leading dot."""
-    name = quote(text, safe=" +,=@")
-    return f"%2E{name[1:]}" if name.startswith(".") else name
+    name = quote(text, safe=" +,=@", errors="surrogateescape")
+    if len(name) > 200:  # a name in Chinese becomes nine times as long
+        name = f"{name[:100]}~{hashlib.sha256(os.fsencode(text)).hexdigest()}"
+    # No file is hidden, and no assignment takes the place of the secret.
+    is_taken = name.startswith(".") or name == SECRET
+    return f"%{ord(name[0]):02X}{name[1:]}" if is_taken else name
 
 
 def write(folder: Path, record: Record) -> None:
     """Write a record so that others see all of it or nothing, even after a loss of power."""
     target = path(folder, record.assignment, record.student)
     target.parent.mkdir(parents=True, exist_ok=True)
+    _write(target, json.dumps(dataclasses.asdict(record), indent=1))
+
+
+def _write(target: Path, text: str) -> None:
     with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=".new-", delete=False) as unfinished:
-        json.dump(dataclasses.asdict(record), unfinished, indent=1)
+        unfinished.write(text)
         unfinished.flush()
         os.fsync(unfinished.fileno())
-    Path(unfinished.name).replace(target)
+    Path(unfinished.name).replace(target)  # it has the mode 600
 
 
 def read(folder: Path, assignment: str, student: str) -> Record | None:
     """Read one record; None where there is none, or none that can be read."""
-    return _read(path(folder, assignment, student))
+    return _read(folder, path(folder, assignment, student))
 
 
 def read_all(folder: Path, assignment: str) -> list[Record]:
     """Read all records of an assignment, sorted by student."""
     found = (folder / _file_name(assignment)).glob("[!.]*.json")
-    records = [record for file in found if (record := _read(file)) is not None]
+    records = [record for file in found if (record := _read(folder, file)) is not None]
     return sorted(records, key=lambda record: record.student)
 
 
@@ -104,15 +114,17 @@ def remove(folder: Path, assignment: str, student: str) -> None:
     path(folder, assignment, student).unlink(missing_ok=True)
 
 
-def _read(file: Path) -> Record | None:
+def _read(folder: Path, file: Path) -> Record | None:
+    """Read a file; what is damaged, or is not what its name says, is no record."""
     try:
         content: dict[str, Any] = json.loads(file.read_text())
         flags = tuple(Flag(**flag) for flag in content.pop("flags"))
         tasks = tuple(
             TaskRecord(**{**task, "diagnosis": tuple(task["diagnosis"])}) for task in content.pop("tasks")
         )
-        return Record(**content, flags=flags, tasks=tasks)
-    except (OSError, ValueError, TypeError, KeyError):
+        record = Record(**content, flags=flags, tasks=tasks)
+        return record if path(folder, record.assignment, record.student) == file else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 
@@ -136,11 +148,9 @@ def seed(folder: Path, assignment: str, student: str, submission: str) -> str:
 def _secret(folder: Path) -> bytes:
     """Return the course's secret, drawn when it is first needed. Only its owner can read the file."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "secret"
-    with FileLock(folder / ".secret.lock"):
-        if not file.exists():
-            unfinished = folder / f".secret-{os.getpid()}"
-            unfinished.touch(mode=0o600)
-            unfinished.write_text(secrets.token_hex(32) + "\n")
-            unfinished.replace(file)
+    file = folder / SECRET
+    with FileLock(folder / f".{SECRET}.lock"):
+        # An empty one, left by a full disk, would be a secret that everybody knows.
+        if not file.exists() or not file.stat().st_size:
+            _write(file, secrets.token_hex(32) + "\n")
     return file.read_bytes()

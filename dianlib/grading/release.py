@@ -29,7 +29,14 @@ def notebooks(course: Path, assignment: str) -> dict[str, NotebookNode]:
         raise Unusable(
             f"No assignment {assignment!r} was released: run `nbgrader generate_assignment {assignment}`."
         )
-    return {path.stem: _read(path, path.stat().st_mtime) for path in found}
+    try:
+        return {path.stem: _read(path, path.stat().st_mtime) for path in found}
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise Unusable(
+            f"A notebook in {found[0].parent} cannot be read ({reason}): "
+            f"run `nbgrader generate_assignment {assignment} --force`."
+        ) from None
 
 
 def tasks_of(notebook: NotebookNode) -> dict[str, list[tuple[Task, str]]]:
@@ -40,7 +47,10 @@ def tasks_of(notebook: NotebookNode) -> dict[str, list[tuple[Task, str]]]:
         if cell.cell_type != "code" or not is_grade(cell) or is_solution(cell):
             continue
         grade_id = mark(cell, "grade_id")
-        asked_for = asked(cell)
+        try:
+            asked_for = asked(cell)
+        except SyntaxError as error:
+            raise Unusable(f"The check cell {grade_id!r} is not plain Python: {error}.") from None
         for task, _ in asked_for:
             if task not in known:
                 raise Unusable(f"The check cell {grade_id!r} asks for the task {task!r}, which is not known.")

@@ -1,9 +1,10 @@
 """The submission at hand: its lock, what is set aside before it is copied, and its record in the making."""
 
+import glob
+import os
 import shutil
 import stat
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +18,7 @@ from dianlib.grading.records import Flag, Record, TaskRecord
 OWN_FILES = ("timestamp.txt", "submission_secret.txt", "user_info.json")  # what `nbgrader submit` adds
 IGNORED = (".ipynb_checkpoints", ".DS_Store", "__pycache__")  # nbgrader does not copy these
 MAX_FILES = 20
+MAX_NAMES = 10  # that one sentence lists
 LOCK_SECONDS = 900.0
 
 
@@ -65,20 +67,22 @@ class Work:
 
     def lacks_notebook(self, expected: set[str]) -> None:
         """Record that the notebook of the assignment is not there, and which ones are."""
-        there = ", ".join(sorted(path.name for path in self.folder.glob("*.ipynb")))
+        there = [reading.shown(path.name) for path in sorted(self.folder.glob("*.ipynb"))]
+        names = ", ".join(there[:MAX_NAMES]) + (" and others" if len(there) > MAX_NAMES else "")
         wanted = " or ".join(sorted(expected)) or "notebook"
         self.reason = f"There is no {wanted} in it; " + (
-            f"found: {there}." if there else "no notebook at all."
+            f"found: {names}." if there else "no notebook at all."
         )
         self.flags.append(Flag("missing-notebook", self.reason))
         self.write()
 
     def files(self) -> dict[str, bytes]:
-        """Read the small files that were handed in beside the notebooks."""
+        """Read the small files that were handed in beside the notebooks; hidden ones do not count."""
         return {
             path.name: reading.read_file(path, reading.MAX_FILE)
             for path in sorted(self.folder.iterdir())
-            if path.is_file() and path.suffix != ".ipynb" and path.name not in (*OWN_FILES, *IGNORED)
+            if path.is_file() and path.suffix != ".ipynb" and not path.name.startswith(".")
+            if path.name not in (*OWN_FILES, *IGNORED)
         }
 
 
@@ -95,9 +99,13 @@ def begin(course: Path, assignment: str, student: str, folder: Path) -> Work:
     except Timeout:
         minutes = f"{LOCK_SECONDS / 60:.0f} minutes"
         raise Busy(f"Another program has been grading {student} for {minutes}.") from None
-    flags = list(_set_aside(course, student, assignment, folder))
-    records.remove(course / "records", assignment, student)
-    _work = Work(course, assignment, student, folder, lock, reading.fingerprint(folder), flags=flags)
+    try:
+        flags = _set_aside(course, student, assignment, folder)
+        records.remove(course / "records", assignment, student)
+        _work = Work(course, assignment, student, folder, lock, reading.fingerprint(folder), flags=flags)
+    except BaseException:
+        lock.release()
+        raise
     return _work
 
 
@@ -114,39 +122,52 @@ def current() -> Work | None:
     return _work
 
 
-def _set_aside(course: Path, student: str, assignment: str, folder: Path) -> Iterator[Flag]:
+def _set_aside(course: Path, student: str, assignment: str, folder: Path) -> list[Flag]:
     """Move out of a submission what nbgrader must not copy: links, pipes, folders, big files."""
+    released = {path.name for path in (course / "exercises" / assignment).glob("*.ipynb")}
+    # In a path with wildcards nbgrader does not recognise what it should leave out.
+    skipped = IGNORED if glob.escape(str(folder)) == str(folder) else ()
+    flags, names = [], []
     small_files = 0
     for path in sorted(folder.iterdir()):
         status = path.lstat()
-        if path.name == "timestamp.txt" and stat.S_ISREG(status.st_mode):
+        is_file = stat.S_ISREG(status.st_mode)
+        is_small = is_file and status.st_size <= reading.MAX_FILE and os.access(path, os.R_OK)
+        if path.name == "timestamp.txt" and is_file:
             if _is_time(path):
                 continue
-            flag = Flag("timestamp", "timestamp.txt holds no time; this counts as handed in without one.")
-        elif path.suffix == ".ipynb" or (path.name in OWN_FILES and stat.S_ISREG(status.st_mode)):
+            text = "timestamp.txt holds no time; this counts as handed in without one."
+            flags.append(Flag("timestamp", text))
+        elif path.name in released or (is_file and path.suffix == ".ipynb"):
             continue  # notebooks are read with care later
-        elif path.name in IGNORED:
+        elif path.name in skipped or (path.name in OWN_FILES and is_small):
             continue
         else:
-            is_small_file = stat.S_ISREG(status.st_mode) and status.st_size <= reading.MAX_FILE
-            small_files += is_small_file
-            if is_small_file and small_files <= MAX_FILES:
+            small_files += is_small
+            if is_small and small_files <= MAX_FILES:
                 continue
-            flag = Flag("quarantined", f"{path.name!r} was set aside: only small files may come along.")
+            names.append(path.name)
         target = course / "quarantine" / student / assignment / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_dir() and not target.is_symlink():
             shutil.rmtree(target)
         else:
             target.unlink(missing_ok=True)
-        path.rename(target)
-        yield flag
+        shutil.move(path, target)
+    for name in names[:MAX_NAMES]:
+        flags.append(Flag("quarantined", f"{name!r} was set aside: only small files may come along."))
+    if len(names) > MAX_NAMES:
+        text = (
+            f"{len(names) - MAX_NAMES:,} more files were set aside: no more than {MAX_FILES} may come along."
+        )
+        flags.append(Flag("quarantined", text))
+    return flags
 
 
 def _is_time(path: Path) -> bool:
     try:
         return parse_utc(reading.read_file(path, 1_000).decode().strip()) is not None
-    except (reading.Unreadable, ValueError, OverflowError, AttributeError):
+    except Exception:  # whoever reads dates leniently fails in many ways
         return False
 
 
