@@ -28,7 +28,7 @@ class GradedOnly(ExportPlugin):  # type: ignore[misc]
         """Write the table to the file that ``--to`` names, or to grades.csv."""
         target = Path(self.to or "grades.csv")
         self.log.info("Exporting grades to %s", target)
-        with target.open("w", newline="", encoding="utf-8") as table:
+        with target.open("w", newline="", encoding="utf-8", errors="backslashreplace") as table:
             writer = csv.DictWriter(table, COLUMNS)
             writer.writeheader()
             for assignment in gradebook.assignments:
@@ -38,19 +38,18 @@ class GradedOnly(ExportPlugin):  # type: ignore[misc]
     def _rows(self, gradebook: Any, assignment: Any) -> Iterator[dict[str, Any]]:
         wanted = {str(student) for student in self.student}
         students = {student.id: student for student in gradebook.students}
-        folders = (Path(self.parent.coursedir.root) / "submitted").glob(f"*/{assignment.name}")
         # Whoever handed in and was never graded is not in the gradebook yet, and must not be left out.
-        for student_id in sorted(students.keys() | {folder.parent.name for folder in folders}):
+        for student_id in sorted(students.keys() | set(self._submitted(assignment.name))):
             if wanted and student_id not in wanted:
                 continue
             student = students.get(student_id)
             row = {
                 "assignment": assignment.name,
                 "duedate": assignment.duedate,
-                "student_id": student_id,
-                "last_name": student and student.last_name,
-                "first_name": student and student.first_name,
-                "email": student and student.email,
+                "student_id": _plain(student_id),
+                "last_name": _plain(student and student.last_name),
+                "first_name": _plain(student and student.first_name),
+                "email": _plain(student and student.email),
                 "max_score": assignment.max_score,
                 "status": self._status(assignment.name, student_id),
             }
@@ -60,17 +59,28 @@ class GradedOnly(ExportPlugin):  # type: ignore[misc]
                 row |= _scores(gradebook, assignment.name, student_id)
             yield {name: "" if value is None else value for name, value in row.items()}
 
+    def _submitted(self, assignment: str) -> Iterator[str]:
+        for folder in (Path(self.parent.coursedir.root) / "submitted").glob("*"):
+            if (folder / assignment).is_dir():
+                yield folder.name
+
     def _status(self, assignment: str, student: str) -> str:
         course = Path(self.parent.coursedir.root)
         folder = course / "submitted" / student / assignment
         record = records.read(course / "records", assignment, student)
-        if not folder.is_dir():
-            return "not submitted"
-        if record is None or not work.is_done(course, assignment, student, folder):
+        if record is None:
+            return "not graded" if folder.is_dir() else "not submitted"
+        # A folder that was taken away after grading takes no grade away.
+        if folder.is_dir() and not work.is_done(course, assignment, student, folder):
             return "not graded"
         if record.status == "failed":
             return "failed"
         return "flagged" if record.flags else "graded"
+
+
+def _plain(text: str | None) -> str | None:
+    """Keep a spreadsheet from running a name or an id that looks like a formula."""
+    return f"'{text}" if text and text.lstrip().startswith(("=", "+", "-", "@")) else text
 
 
 def _scores(gradebook: Any, assignment: str, student: str) -> dict[str, Any]:
