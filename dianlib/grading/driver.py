@@ -286,6 +286,7 @@ def _in_processes(
     # Forked, not started anew: torch, nbgrader and the checks are in memory already.
     context = multiprocessing.get_context("fork")
     workers = [_start(context, course, assignment, number, private=False) for number in range(jobs)]
+    course.sandbox(assignment).leave()
     try:
         while workers:
             for worker in workers:
@@ -309,7 +310,7 @@ def _in_processes(
                 assert student is not None
                 try:
                     result = worker.connection.recv() if worker.connection.poll() else None
-                except (EOFError, ConnectionResetError):
+                except (EOFError, OSError):  # it was killed, maybe in the middle of its answer
                     result = None
                 if result is not None:
                     worker.student = None
@@ -341,11 +342,8 @@ def _serve(course: Course, assignment: str, connection: Connection, number: int,
     """Grade what the driver asks for until it has nothing more."""
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's business
-    sandbox = course.sandbox(assignment)
-    if private:
-        sandbox.renew()  # the channel of a dead worker is not to be trusted
-    else:
-        sandbox.use(number)
+    if not private:  # else it starts a sandbox of its own: the channel of a dead worker is not to be trusted
+        course.sandbox(assignment).use(number)
     while (student := connection.recv()) is not None:
         try:
             result: Record | tuple[str, str] = course.grade(assignment, student)
@@ -354,4 +352,4 @@ def _serve(course: Course, assignment: str, connection: Connection, number: int,
         except Exception as error:  # a fault of ours costs this submission its grade, and no other
             result = (student, f"grading it failed with {type(error).__name__}: {error}")
         connection.send(result)
-    sandbox.close()
+    plugin.close_sandboxes()

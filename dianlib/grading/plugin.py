@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from filelock import Timeout
 from nbconvert.exporters import NotebookExporter
 from nbformat import NotebookNode
 from nbformat.v4 import new_output
@@ -26,7 +25,7 @@ from traitlets import Float, Integer, Unicode
 
 from dianlib.checks.judging import Bench, Report, judge, unusable
 from dianlib.checks.task import Task
-from dianlib.grading import reading, records, release, shortcuts, work
+from dianlib.grading import reading, release, shortcuts, work
 from dianlib.grading.graft import graft, mark
 from dianlib.grading.isolation import Limits
 from dianlib.grading.records import Flag, TaskRecord
@@ -49,14 +48,21 @@ def sandbox_for(
     course: Path, modules: tuple[str, ...], limits: Limits, channels: int = 1, isolation: str = "namespaces"
 ) -> Sandbox:
     """Return the warm sandbox for an assignment's modules, started when it is first needed."""
-    course = course.resolve()
-    if (course, modules) not in _sandboxes:
+    key = (course.resolve(), modules)
+    if key not in _sandboxes or _sandboxes[key].channels < channels:
+        if key in _sandboxes:
+            _sandboxes.pop(key).close()
         named = os.environ.get("DIANLIB_DATA")
         data = Path(named) if named and Path(named).is_dir() else None
-        sandbox = Sandbox(modules, limits, data, channels, [course], isolation)
-        _sandboxes[course, modules] = sandbox
-        atexit.register(sandbox.close)
-    return _sandboxes[course, modules]
+        _sandboxes[key] = Sandbox(modules, limits, data, channels, [key[0]], isolation)
+    return _sandboxes[key]
+
+
+@atexit.register
+def close_sandboxes() -> None:
+    """End the sandboxes that this process has started."""
+    while _sandboxes:
+        _sandboxes.popitem()[1].close()
 
 
 # ----- reading ---------------------------------------------------------------------------------------------
@@ -76,40 +82,51 @@ class SafeExporter(NotebookExporter):
         except (SandboxError, release.Unusable) as error:
             self.log.error("%s", error)
             raise NbGraderException(str(error)) from None
-        self._take_up(converter)
-        # nbgrader's hook before a submission will not do: what it raises is lost, and files are copied.
-        self._init_assignment = converter.init_assignment
-        converter.init_assignment = self._begin
+        self._find_all(converter)
+        # nbgrader's hook before a submission will not do: what it raises is lost, and by then the result of
+        # an earlier run is gone, on which another program may be at work.
+        self._converter = converter
+        self._init_destination = converter.init_destination
+        self._convert_notebooks = converter.convert_notebooks
+        converter.init_destination = self._begin
+        converter.convert_notebooks = self._convert
 
-    def _begin(self, assignment: str, student: str) -> None:
-        """Lock a submission and look through its files before nbgrader copies them."""
-        folder = self._course / "submitted" / student / assignment
-        at_hand = work.begin(self._course, assignment, student, folder)
-        expected = {f"{name}.ipynb" for name in release.notebooks(self._course, assignment)}
-        if not any((folder / name).exists() for name in expected):
-            at_hand.lacks_notebook(expected)
-            raise NbGraderException(at_hand.reason)
-        self._init_assignment(assignment, student)
-
-    def _take_up(self, converter: Any) -> None:
-        """Have nbgrader grade again what a killed run left half done, and find ids with wildcards in them."""
+    def _find_all(self, converter: Any) -> None:
+        """Have nbgrader find the submissions of students with wildcards in their ids, too."""
         coursedir = converter.coursedir
         if coursedir.student_id == "*":
             for folder in sorted((self._course / "submitted").glob(f"*/{coursedir.assignment_id}")):
                 notebooks = [str(path) for path in sorted(folder.glob("*.ipynb"))]
                 if notebooks and str(folder) not in converter.assignments:
                     converter.assignments[str(folder)] = notebooks
-        for name in converter.assignments:
-            folder = Path(name)
-            assignment, student = folder.name, folder.parent.name
-            graded = self._course / "autograded" / student / assignment
-            if graded.exists() and not work.is_done(self._course, assignment, student, folder):
-                try:
-                    with records.lock(self._course / "records", assignment, student).acquire(timeout=0):
-                        rmtree(str(graded))
-                        self.log.warning("%s: grading was not finished, so it is done again.", student)
-                except Timeout:
-                    self.log.warning("%s: another program is grading this submission.", student)
+
+    def _begin(self, assignment: str, student: str) -> bool:
+        """Tell whether a submission is to be graded; if so lock it and look through its files first.
+
+        What a killed run left half done is graded again.
+        """
+        folder = self._course / "submitted" / student / assignment
+        is_done = work.is_done(self._course, assignment, student, folder)
+        if is_done and not self._converter.force and not self._init_destination(assignment, student):
+            return False
+        at_hand = work.begin(self._course, assignment, student, folder)
+        graded = self._course / "autograded" / student / assignment
+        if graded.exists():
+            if not is_done:
+                self.log.warning("%s: grading was not finished, so it is done again.", student)
+            rmtree(str(graded))
+        expected = {f"{name}.ipynb" for name in release.notebooks(self._course, assignment)}
+        if not any((folder / name).exists() for name in expected):
+            at_hand.lacks_notebook(expected)
+            raise NbGraderException(at_hand.reason)
+        return bool(self._init_destination(assignment, student))
+
+    def _convert(self) -> None:
+        """Grade all submissions; the lock of one that failed is given back."""
+        try:
+            self._convert_notebooks()
+        finally:
+            work.finish()
 
     def from_filename(self, filename: str, resources: Any = None, **settings: Any) -> Any:
         """Read a submission safely; the notebook that was made of it is read as always."""

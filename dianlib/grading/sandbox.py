@@ -113,6 +113,17 @@ class Sandbox:
                 channel.close()
         self._channels = [self._channels[number]]
 
+    @property
+    def channels(self) -> int:
+        """How many processes can still be given a channel of their own."""
+        return len(self._channels)
+
+    def leave(self) -> None:
+        """Leave all channels to processes that were forked; the boxes of one that is killed end with it."""
+        for channel in self._channels:
+            channel.close()
+        self._channels = []
+
     def open(self) -> Box:
         """Fork a box. If the warm process is gone, somebody killed it: a new one is started, once."""
         try:
@@ -128,8 +139,7 @@ class Sandbox:
 
     def close(self) -> None:
         """End the warm process, if it was started here, and everything in it."""
-        for channel in self._channels:
-            channel.close()
+        self.leave()
         if self._owner == os.getpid():
             try:
                 self._process.wait(timeout=5)  # it leaves when nobody speaks to it any more
