@@ -7,6 +7,7 @@ are forked after everything was imported once. Killed at any moment, a second ru
 import contextlib
 import logging
 import multiprocessing
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from nbgrader.apps.baseapp import NbGrader
 from nbgrader.converters import Autograde
 from nbgrader.converters.base import NbGraderException
 from nbgrader.coursedir import CourseDirectory
+from sqlalchemy.exc import SQLAlchemyError
 from tqdm import tqdm
 from traitlets.config import Config
 
@@ -57,6 +59,7 @@ class Course:
         """Load the settings that nbgrader's own commands would load in this folder."""
         app = NbGrader()
         app.log_level = logging.ERROR
+        app.raise_config_file_errors = True
         try:
             with contextlib.chdir(self.root):
                 app.load_config_file()
@@ -64,7 +67,9 @@ class Course:
                 coursedir=CourseDirectory(config=app.config), config=app.config
             )  # imports what it names
         except Exception as error:
-            raise GradingError(f"{self.root / 'nbgrader_config.py'} cannot be used: {error}") from None
+            raise GradingError(
+                f"{self.root / 'nbgrader_config.py'} cannot be used: {type(error).__name__}: {error}"
+            ) from None
         config: Config = app.config
         return config
 
@@ -99,7 +104,7 @@ class Course:
             )
         try:
             release.modules_of(self.root, assignment)
-            with Gradebook(self.api.coursedir.db_url, self.api.coursedir.course_id) as gradebook:
+            with self._gradebook() as gradebook:
                 names = [found.name for found in gradebook.assignments]
         except (NbGraderException, release.Unusable) as error:
             raise GradingError(str(error)) from None
@@ -108,6 +113,22 @@ class Course:
                 f"The gradebook does not know {assignment!r}: "
                 f"run `nbgrader generate_assignment {assignment}`."
             )
+
+    @contextlib.contextmanager
+    def _gradebook(self) -> Iterator[Gradebook]:
+        """Open the gradebook; raises GradingError when the database cannot be used."""
+        coursedir = self.api.coursedir
+        try:
+            with Gradebook(coursedir.db_url, coursedir.course_id) as gradebook:
+                yield gradebook
+        except SQLAlchemyError as error:
+            reason = str(getattr(error, "orig", None) or error).splitlines()[0]
+            if "locked" in reason:
+                raise GradingError(
+                    "Another program has kept the gradebook locked for a minute: close it, then grade again."
+                ) from None
+            address = re.sub("//.*@", "//", coursedir.db_url)  # without a password
+            raise GradingError(f"The gradebook {address} cannot be used: {reason}.") from None
 
     def sandbox(self, assignment: str, channels: int = 1) -> Sandbox:
         """Start the sandbox for an assignment before the first submission needs it."""
@@ -119,8 +140,7 @@ class Course:
 
     def add_students(self, students: Sequence[str]) -> None:
         """Put new students into the gradebook, before several processes try to do it at once."""
-        coursedir = self.api.coursedir
-        with Gradebook(coursedir.db_url, coursedir.course_id) as gradebook:
+        with self._gradebook() as gradebook:
             known = {student.id for student in gradebook.students}
             for student in students:
                 if student not in known:
@@ -175,7 +195,7 @@ class Course:
 
 
 class _Last(logging.Handler):
-    """Remembers the last line of the last traceback that was logged."""
+    """Remembers what the last traceback that was logged says below its last call."""
 
     text = ""
 
@@ -185,7 +205,8 @@ class _Last(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         lines = record.getMessage().strip().splitlines()
         if lines and lines[0].startswith("Traceback"):
-            self.text = lines[-1]
+            last_call = max((n for n, line in enumerate(lines) if line.startswith(" ")), default=0)
+            self.text = lines[min(last_call + 1, len(lines) - 1)]
 
 
 # ----- many at once --------------------------------------------------------------------------------------
@@ -224,8 +245,6 @@ def grade_all(
     """Grade all pending submissions in ``jobs`` processes; the results of earlier runs are counted too."""
     began = time.monotonic()
     pending = course.pending(assignment, force)
-    for student in pending if force else []:
-        records.remove(course.records, assignment, student)  # so that a second run knows what is left
     summary = Summary()
     for student in sorted(set(course.submitted(assignment)) - set(pending)):
         record = records.read(course.records, assignment, student)
@@ -235,6 +254,8 @@ def grade_all(
         jobs = min(jobs, len(pending))
         course.sandbox(assignment, jobs)
         course.add_students(pending)
+        for student in pending if force else []:
+            records.remove(course.records, assignment, student)  # so that a second run knows what is left
         if progress:
             progress(0, len(pending), summary)
         for done, result in enumerate(_in_processes(course, assignment, pending, jobs), 1):

@@ -32,12 +32,14 @@ from dianlib.grading.records import Flag, TaskRecord
 from dianlib.grading.sandbox import Sandbox, SandboxError
 from dianlib.grading.session import Answer, Session, Shown, Times
 
+GRADEBOOK_SECONDS = 60  # that SQLite waits for other programs
+
 
 @event.listens_for(Engine, "connect")
 def _wait_for_others(connection: Any, _: Any) -> None:
     """Let SQLite wait a minute, not five seconds, while another grader writes to the gradebook."""
     if type(connection).__module__.startswith("sqlite3"):
-        connection.execute("PRAGMA busy_timeout = 60000")
+        connection.execute(f"PRAGMA busy_timeout = {GRADEBOOK_SECONDS * 1000}")
 
 
 # ----- the sandbox of an assignment ------------------------------------------------------------------------
@@ -86,6 +88,7 @@ class SafeExporter(NotebookExporter):
         # nbgrader's hook before a submission will not do: what it raises is lost, and by then the result of
         # an earlier run is gone, on which another program may be at work.
         self._converter = converter
+        self._busy: list[str] = []
         self._init_destination = converter.init_destination
         self._convert_notebooks = converter.convert_notebooks
         converter.init_destination = self._begin
@@ -109,7 +112,13 @@ class SafeExporter(NotebookExporter):
         is_done = work.is_done(self._course, assignment, student, folder)
         if is_done and not self._converter.force and not self._init_destination(assignment, student):
             return False
-        at_hand = work.begin(self._course, assignment, student, folder)
+        try:
+            at_hand = work.begin(self._course, assignment, student, folder)
+        except work.Busy as busy:
+            # Not passed on: nbgrader would remove what the other program has made so far.
+            self.log.error("%s", busy)
+            self._busy.append(str(busy))
+            return False
         graded = self._course / "autograded" / student / assignment
         if graded.exists():
             if not is_done:
@@ -127,6 +136,8 @@ class SafeExporter(NotebookExporter):
             self._convert_notebooks()
         finally:
             work.finish()
+        if self._busy:
+            raise NbGraderException(" ".join(self._busy))
 
     def from_filename(self, filename: str, resources: Any = None, **settings: Any) -> Any:
         """Read a submission safely; the notebook that was made of it is read as always."""
