@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from assignment import ROOT
+from traitlets.config import Config
 
 from dianlib.checks.registry import CHAPTERS, open_modules
 from dianlib.grading import sandbox as outside
@@ -736,3 +737,51 @@ def test_a_warm_process_that_was_killed_is_replaced(sandbox: Sandbox) -> None:
     again = sandbox.open()
     assert run(again, "print(True)") is True
     again.close()
+
+
+# ----- what lies among the programs and is not for students -------------------------------------------------
+
+
+def test_the_exchange_where_submissions_wait_is_covered(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """nbgrader's exchange lies in /usr/local by default, and the grader owns what is handed in there."""
+    plugin = pytest.importorskip("dianlib.grading.plugin")
+    asked: list[Any] = []
+    monkeypatch.setattr(plugin, "_sandboxes", {})
+    monkeypatch.setattr(plugin, "Sandbox", lambda *arguments: asked.append(arguments))
+    plugin.Judge().sandbox(tmp_path, ("dianlib.data",))
+    plugin.Judge(config=Config({"Exchange": {"root": "/srv/exchange"}})).sandbox(tmp_path, ("dianlib.data",))
+    assert [arguments[4] for arguments in asked] == [
+        [tmp_path, Path("/usr/local/share/nbgrader/exchange")],
+        [tmp_path, Path("/srv/exchange")],
+    ]
+
+
+def test_a_folder_among_the_programs_is_empty_inside() -> None:
+    made = Sandbox((), hidden=[Path("/usr/share")])
+    box = made.open()
+    try:
+        answer, _ = box.ask(
+            {"do": "cell", "source": "import os; print(os.listdir('/usr/share'))", "seconds": 9.0}
+        )
+        assert answer["text"] == "[]\n"
+    finally:
+        box.close()
+        made.close()
+
+
+def test_every_copy_of_the_package_is_covered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With a clone as working folder, the references of an installed dianlib must not be seen either."""
+    (tmp_path / "dianlib").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    asked: list[Any] = []
+
+    def command(self: Any, modules: Any, data: Any, hidden: tuple[Path, ...]) -> list[str]:
+        asked.extend(hidden)
+        raise SandboxError("enough")
+
+    monkeypatch.setattr(outside.Bubblewrap, "command", command)
+    with pytest.raises(SandboxError, match="enough"):
+        Sandbox(())
+    assert {tmp_path / "dianlib", outside.PACKAGE.resolve()} <= set(asked)

@@ -7,6 +7,7 @@ every probe, or when its sign is there.
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import isclose
 from typing import Any
@@ -236,7 +237,7 @@ class Bench:
                 tuple(several[0][name] for name in several[0] if name in common), len(common) > 1
             )
         rows = list(zip([*self.probes, self.probes[0]], outcomes, wanted, strict=True))
-        signed = {f.id: f for f in self.task.mistakes if f.sign and any(f.sign(*row) for row in rows)}
+        signed = {f.id: f for f in self.task.mistakes if f.sign and any(_ask(f.sign, *row) for row in rows)}
         return Diagnosis(tuple(signed.values()), apart=True)
 
     def _explains(self, form: Candidate, outcomes: list[Outcome]) -> bool:
@@ -253,6 +254,14 @@ class Bench:
             if not same(got, kept[number]):
                 return False
         return True
+
+
+def _ask(look: Callable[..., Any], *row: Any) -> Any:
+    """Ask a sign or a property of a task. It knows what answers are made of; a stranger's may be of anything."""
+    try:
+        return look(*row)
+    except Exception:
+        return None
 
 
 def unusable(task: Task, type_name: str) -> Report:
@@ -307,7 +316,7 @@ def _problem(task: Task, probe: Probe, got: Outcome, wanted: Outcome) -> str:
     general = problem(probe, got, wanted)
     if not general or got.error:
         return general
-    return next((found for look in task.properties if (found := look(probe, got, wanted))), general)
+    return next((found for look in task.properties if (found := _ask(look, probe, got, wanted))), general)
 
 
 # ----- what the learner reads ------------------------------------------------------------------------------

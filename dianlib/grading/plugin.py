@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from nbconvert.exporters import NotebookExporter
 from nbformat import NotebookNode
 from nbformat.v4 import new_output
 from nbgrader.converters.base import NbGraderException
+from nbgrader.exchange.default.exchange import Exchange
 from nbgrader.preprocessors import NbGraderPreprocessor
 from nbgrader.utils import is_solution, rmtree
 from sqlalchemy import Engine, event
@@ -43,20 +45,20 @@ def _wait_for_others(connection: Any, _: Any) -> None:
 
 
 # ----- the sandbox of an assignment ------------------------------------------------------------------------
-_sandboxes: dict[tuple[Path, tuple[str, ...]], Sandbox] = {}
+_sandboxes: dict[tuple[tuple[Path, ...], tuple[str, ...]], Sandbox] = {}
 
 
 def sandbox_for(
-    course: Path, modules: tuple[str, ...], limits: Limits, channels: int = 1, isolation: str = "namespaces"
+    hidden: Sequence[Path], modules: tuple[str, ...], limits: Limits, channels: int, isolation: str
 ) -> Sandbox:
     """Return the warm sandbox for an assignment's modules, started when it is first needed."""
-    key = (course.resolve(), modules)
+    key = (tuple(folder.resolve() for folder in hidden), modules)
     if key not in _sandboxes or _sandboxes[key].channels < channels:
         if key in _sandboxes:
             _sandboxes.pop(key).close()
         named = os.environ.get("DIANLIB_DATA")
         data = Path(named) if named and Path(named).is_dir() else None
-        _sandboxes[key] = Sandbox(modules, limits, data, channels, [key[0]], isolation)
+        _sandboxes[key] = Sandbox(modules, limits, data, channels, hidden, isolation)
     return _sandboxes[key]
 
 
@@ -196,7 +198,9 @@ class Judge(NbGraderPreprocessor):  # type: ignore[misc]
     def sandbox(self, course: Path, modules: tuple[str, ...], channels: int = 1) -> Sandbox:
         """Return the warm sandbox with the limits that were configured."""
         limits = Limits(memory=self.memory_mb << 20, processes=self.processes, disk=self.disk_mb << 20)
-        return sandbox_for(course, modules, limits, channels, self.isolation)
+        # Submissions wait in the exchange, which lies among the system's folders.
+        hidden = [course, Path(Exchange(config=self.config).root)]
+        return sandbox_for(hidden, modules, limits, channels, self.isolation)
 
     def preprocess(self, notebook: NotebookNode, resources: Any) -> tuple[NotebookNode, Any]:
         """Run and judge one notebook."""

@@ -12,6 +12,7 @@ import os
 import platform
 import pwd
 import shutil
+import site
 import socket
 import subprocess
 import sys
@@ -101,7 +102,7 @@ class Sandbox:
         self.modules = tuple(modules)
         self.limits = limits or Limits()
         self.data = data
-        self.hidden = tuple(hidden)
+        self.hidden = tuple({f.resolve() for f in (*_copies_of_dianlib(), *hidden) if f.is_dir()})
         self._channels: list[socket.socket] = []
         self._start(channels)
         self._test()
@@ -217,6 +218,12 @@ class Sandbox:
             raise SandboxError(
                 f"{_ONLY}, and this one is not tight ({', '.join(broken)}): nothing was graded."
             )
+
+
+def _copies_of_dianlib() -> set[Path]:
+    """Find the package wherever it lies: a clone that is worked in may stand before an installed one."""
+    entries = {Path(entry or ".") for entry in (*sys.path, *site.getsitepackages())}
+    return {PACKAGE} | {entry / "dianlib" for entry in entries}
 
 
 def _request(
@@ -406,7 +413,7 @@ def _mounts(modules: Sequence[str], data: Path | None, hidden: Sequence[Path]) -
     # a course that is kept in /usr/src, as containers often do.
     covered = [
         folder.resolve()
-        for folder in (PACKAGE, *hidden)
+        for folder in hidden
         if any(folder.resolve().is_relative_to(source) for source in visible.values())
     ]
     mounts |= {folder: ["--perms", "0755", "--tmpfs", str(folder)] for folder in covered}
@@ -433,8 +440,13 @@ class Confinement:
 
     @property
     def self_test(self) -> str:
-        """The test, with the names of the folders that must not be read."""
-        return LANDLOCK_SELF_TEST.replace("PRIVATE", json.dumps([str(path) for path in self._private]))
+        """The test, with the names of what must not be read: folders, and of a package its first file.
+
+        Imports must look through a folder of packages, so that the names of the files in there are no secret.
+        """
+        first_files = [folder / "__init__.py" for folder in self._private]
+        private = [file if file.exists() else file.parent for file in first_files]
+        return LANDLOCK_SELF_TEST.replace("PRIVATE", json.dumps([str(place) for place in private]))
 
     def command(self, modules: Sequence[str], data: Path | None, hidden: Sequence[Path]) -> list[str]:
         """Prepare a folder with the files for the inside, and return the command that confines itself."""
@@ -459,7 +471,7 @@ class Confinement:
             shutil.chown(rooms, "nobody")
         places = {
             "readable": [str(place) for place in (*readable, course)],
-            "hidden": [str(place) for place in (PACKAGE.resolve(), self._base, *self._private)],
+            "hidden": [str(place) for place in (self._base, *self._private)],
             "rooms": str(rooms),
         }
         environment = _environment(str(rooms), str(course), str(data.resolve()) if data else None)
@@ -498,7 +510,7 @@ def _check_open_to_nobody(places: Sequence[Path]) -> None:
                 )
 
 
-# Runs in a box, like the other one. PRIVATE stands for folders that must not be read.
+# Runs in a box, like the other one. PRIVATE stands for files and folders that must not be read.
 LANDLOCK_SELF_TEST = f"""
 import ctypes, importlib, json, os, socket
 from pathlib import Path
@@ -513,7 +525,7 @@ def refused(action):
 print(json.dumps({{
     "it runs as root": os.getuid() != 0,
     "it reaches the network": refused(socket.socket),
-    "it reads the course": all(refused(lambda: os.listdir(folder)) for folder in PRIVATE),
+    "it reads the course": all(refused(lambda: os.open(place, os.O_RDONLY)) for place in PRIVATE),
     "it reads other submissions": refused(lambda: os.listdir("../..")),
     "it sees other processes": refused(lambda: os.listdir("/proc")),
     "it signals other processes": refused(lambda: os.kill(os.getppid(), 0)),
