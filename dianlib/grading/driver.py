@@ -163,7 +163,7 @@ class Course:
                 work.finish()
             else:
                 records.remove(self.records, assignment, student)
-                said = self._autograde(assignment, student, folder)
+                said = self._autograde(assignment, student)
             record = records.read(self.records, assignment, student)
         except (NbGraderException, work.Busy) as error:
             raise GradingError(str(error)) from None
@@ -173,15 +173,14 @@ class Course:
             raise GradingError(f"{student}: {said}")
         return record
 
-    def _autograde(self, assignment: str, student: str, folder: Path) -> str:
+    def _autograde(self, assignment: str, student: str) -> str:
         """Have nbgrader grade one submission; return the last thing that it complained about."""
         coursedir = self.api.coursedir
         coursedir.assignment_id, coursedir.student_id = assignment, student
         converter = Autograde(coursedir=coursedir, parent=self.api)
         converter.force = True
-        # Not by a search for the name: an id may hold characters that a search takes for wildcards.
-        notebooks = sorted(str(path) for path in folder.glob("*.ipynb"))
-        converter.init_notebooks = lambda: converter.assignments.update({str(folder): notebooks})
+        # Found by our exporter: nbgrader would take some characters of an id for wildcards.
+        converter.init_notebooks = lambda: None
         last = _Last()
         converter.log.addHandler(last)
         try:

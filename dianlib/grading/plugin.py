@@ -97,13 +97,16 @@ class SafeExporter(NotebookExporter):
         converter.convert_notebooks = self._convert
 
     def _find_all(self, converter: Any) -> None:
-        """Have nbgrader find the submissions of students with wildcards in their ids, too."""
+        """Find the submissions anew: nbgrader takes a wildcard in the id of a student for other students."""
         coursedir = converter.coursedir
-        if coursedir.student_id == "*":
-            for folder in sorted((self._course / "submitted").glob(f"*/{coursedir.assignment_id}")):
-                notebooks = [str(path) for path in sorted(folder.glob("*.ipynb"))]
-                if notebooks and str(folder) not in converter.assignments:
-                    converter.assignments[str(folder)] = notebooks
+        submitted, assignment = self._course / "submitted", coursedir.assignment_id
+        alone = submitted / coursedir.student_id / assignment
+        folders = [alone] if alone.is_dir() else submitted.glob(f"{coursedir.student_id}/{assignment}")
+        found = {
+            str(folder): sorted(str(path) for path in folder.glob(f"{coursedir.notebook_id}.ipynb"))
+            for folder in folders
+        }
+        converter.assignments = {folder: notebooks for folder, notebooks in found.items() if notebooks}
 
     def _begin(self, assignment: str, student: str) -> bool:
         """Tell whether a submission is to be graded; if so lock it and look through its files first.
