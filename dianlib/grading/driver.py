@@ -243,9 +243,14 @@ def grade_all(
 ) -> Summary:
     """Grade all pending submissions in ``jobs`` processes; the results of earlier runs are counted too."""
     began = time.monotonic()
-    pending = course.pending(assignment, force)
+    submitted, pending = course.submitted(assignment), course.pending(assignment, force)
     summary = Summary()
-    for student in sorted(set(course.submitted(assignment)) - set(pending)):
+    for student in [student for student in submitted if not student.isprintable()]:
+        # No gradebook and no terminal can hold such an id.
+        summary.failed.append((ascii(student), "a student id is one line of text: rename its folder."))
+    submitted = [student for student in submitted if student.isprintable()]
+    pending = [student for student in pending if student.isprintable()]
+    for student in sorted(set(submitted) - set(pending)):
         record = records.read(course.records, assignment, student)
         if record is not None:
             summary.add(record)

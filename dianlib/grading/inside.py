@@ -164,6 +164,7 @@ def _open(descriptor: int, limits: Limits, shell: InteractiveShell, memory: int,
         os.setsid()
         connection = socket.socket(fileno=os.dup2(descriptor, 200, inheritable=False))
         os.closerange(3, 200)
+        os.closerange(201, os.sysconf("SC_OPEN_MAX"))
         isolation.enter(limits, memory)
         sys.path.insert(0, "")  # a notebook may import what was handed in beside it
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -289,6 +290,8 @@ class Submission:
         ours, its = socket.socketpair()
         child = os.fork()
         if child == 0:
+            ours.close()
+            self.connection.close()  # a candidate speaks to us, and not to the judge
             _candidate_process(its, candidate, request, buffers, first)
         its.close()
         finished, late, called = 0, 0, False

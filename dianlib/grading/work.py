@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import BaseFileLock, Timeout
-from nbgrader.utils import parse_utc
+from nbgrader.utils import parse_utc, rmtree
 
 from dianlib.grading import reading, records
 from dianlib.grading.records import Flag, Record, TaskRecord
@@ -149,8 +149,10 @@ def _set_aside(course: Path, student: str, assignment: str, folder: Path) -> lis
             names.append(path.name)
         target = course / "quarantine" / student / assignment / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
+        if stat.S_ISDIR(status.st_mode):
+            path.chmod(0o700)  # whatever its owner may do with it now
         if target.is_dir() and not target.is_symlink():
-            shutil.rmtree(target)
+            rmtree(str(target))
         else:
             target.unlink(missing_ok=True)
         shutil.move(path, target)
