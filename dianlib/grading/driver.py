@@ -230,7 +230,7 @@ class Summary:
 
     def __str__(self) -> str:
         lines = [f"{self.graded} graded ({self.flagged} of them flagged), {len(self.failed)} failed"]
-        lines += [f"  {student}: {reason}" for student, reason in self.failed]
+        lines += [f"  {student}: {reason}" for student, reason in sorted(self.failed)]
         return "\n".join(lines)
 
 
