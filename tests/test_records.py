@@ -357,6 +357,7 @@ SET_ASIDE: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "a link to itself": ("data.csv", lambda path: path.symlink_to(path)),
     "a pipe": ("data.csv", os.mkfifo),
     "a folder": ("data", folder_with_a_link),
+    "a closed folder": ("data", lambda path: path.mkdir(mode=0)),
     "a big file": ("data.csv", big),
     "a hidden link": (".netrc", lambda path: path.symlink_to("/etc/passwd")),
     "a link that is a notebook": ("other.ipynb", lambda path: path.symlink_to("/etc/passwd")),
