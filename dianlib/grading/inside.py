@@ -38,6 +38,7 @@ from dianlib.grading.isolation import ENDS, Isolation, Limits, Namespaces, die_w
 # A child that does not end by itself when its time is up gets this much longer, in seconds.
 GRACE = 1.0
 KEPT_OUTPUTS = 50
+KEPT_KINDS = ("image/png", "image/jpeg", "text/plain")
 
 
 # ----- the warm process --------------------------------------------------------------------------------
@@ -237,11 +238,12 @@ class Submission:
             error = raised
         finally:
             trap.hook, self.shell.display_pub = hook, public
-        pictures = [output["data"] for output in [*publisher.outputs, *shown][:KEPT_OUTPUTS]]
+        outputs = [output["data"] for output in [*publisher.outputs, *shown]]
+        pictures = _fitting(outputs)
         return {
             "text": text.getvalue(),
-            "cut": text.cut,
-            "shown": [{kind: str(data) for kind, data in picture.items()} for picture in pictures],
+            "cut": text.cut or len(pictures) < len(outputs),
+            "shown": pictures,
             "error": None if error is None else [type(error).__name__, _describe(error)],
         }
 
@@ -435,6 +437,18 @@ def _describe(error: BaseException) -> str:
     if isinstance(error, SyntaxError) and isinstance(error.text, str):
         return f'{type(error).__name__}: {error.msg}\n    in the line "{error.text.strip()[:200]}"'
     return describe(error)
+
+
+def _fitting(outputs: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Keep the first outputs, in the kinds that are passed on, as far as one answer has room for them."""
+    kept, room = [], wire.MAX_HEADER // 2
+    for output in outputs[:KEPT_OUTPUTS]:
+        data = {kind: str(output[kind]) for kind in KEPT_KINDS if kind in output}
+        room -= len(json.dumps(data))
+        if room < 0:
+            break
+        kept.append(data)
+    return kept
 
 
 # ----- small tools -----------------------------------------------------------------------------------------
