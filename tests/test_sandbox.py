@@ -659,6 +659,7 @@ def test_without_bubblewrap_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
         "non-privileged user namespaces. On e.g. debian this can be enabled with 'sysctl "
         "kernel.unprivileged_userns_clone=1'.",
         "bwrap: setting up uid map: Permission denied",
+        "bwrap: Failed to make / slave: Permission denied",
     ],
 )
 def test_without_namespaces_it_says_what_to_allow(

@@ -111,7 +111,7 @@ class Course:
         if assignment not in names:
             raise GradingError(
                 f"The gradebook does not know {assignment!r}: "
-                f"run `nbgrader generate_assignment {assignment}`."
+                f"run `nbgrader generate_assignment {assignment} --force`."
             )
 
     @contextlib.contextmanager

@@ -315,9 +315,9 @@ def _last_line(log: str) -> str:
 _ALLOW = (
     "Allow it (Debian: `sudo sysctl kernel.unprivileged_userns_clone=1`; Ubuntu 24.04: "
     "`sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0`; Docker: "
-    "`--security-opt seccomp=unconfined --security-opt systempaths=unconfined`), or choose thinner walls "
-    "without namespaces (`c.Judge.isolation = 'landlock'`, see the chapter \"Grading a class\"), "
-    "then grade again."
+    "`--security-opt seccomp=unconfined --security-opt apparmor=unconfined --security-opt "
+    "systempaths=unconfined`), or choose thinner walls without namespaces (`c.Judge.isolation = 'landlock'`, "
+    'see the chapter "Grading a class"), then grade again.'
 )
 
 
@@ -383,7 +383,7 @@ class Bubblewrap:
     def why(self, log: str) -> str:
         """Say what to do where the system does not let bubblewrap make namespaces."""
         last = _last_line(log)
-        if "namespace" in log or "uid map" in log or "Operation not permitted" in log:
+        if any(words in log for words in ("namespace", "uid map", "make / slave", "not permitted")):
             return f"{_ONLY}, and this system does not let bubblewrap make one ({last}). {_ALLOW}"
         return f"{_ONLY}, and it did not start ({last})."
 
