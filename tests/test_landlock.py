@@ -57,11 +57,8 @@ def container(folder: Path, namespaces: bool = False) -> list[str]:
         return [*inside, "--"]
     for path in (folder, *folder.rglob("*")):
         os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
-    return [*open_to_nobody(base, folder), *as_nobody(), *inside, "--"]
-
-
-def as_nobody() -> list[str]:
-    return ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--"]
+    identity = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--"]
+    return [*open_to_nobody(base, Path(sys.prefix), ROOT, folder), *identity, *inside, "--"]
 
 
 def open_to_nobody(*needed: Path) -> list[str]:
@@ -206,7 +203,6 @@ def call(number, *arguments):
 @pytest.fixture(scope="module")
 def grader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Grader]:
     folder = tmp_path_factory.mktemp("home")
-    folder.parent.chmod(0o755)
     (folder / "course").mkdir()
     (folder / "course" / "gradebook.db").write_text("grades")
     started = Grader(container(folder))
@@ -620,7 +616,6 @@ sys.exit(main(["grade", "mlp"]))
 
 @needs_landlock
 def test_a_submission_is_graded_as_with_namespaces(tmp_path: Path) -> None:
-    tmp_path.parent.chmod(0o755)
     root = tmp_path / "course"
     for folder in ("solutions/mlp", "submitted/somebody/mlp"):
         (root / folder).mkdir(parents=True)
