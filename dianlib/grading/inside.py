@@ -129,12 +129,14 @@ def _answer(
     if order["do"] == "open":
         process = _open(descriptors[0], Limits(**order["limits"]), shell, memory, isolation)
         living.add(process)
-        wire.send(channel, {"process": process})
+        answer = {"process": process}
     else:
         if order["process"] in living:
             living.remove(order["process"])
             _close(order["process"])
-        wire.send(channel, {"closed": True})
+        answer = {"closed": True}
+    with contextlib.suppress(wire.WireError):  # who asked may be gone, which shows at the next reading
+        wire.send(channel, answer)
     return True
 
 

@@ -234,7 +234,11 @@ def _request(
         socket.send_fds(channel, [json.dumps(order).encode()], list(descriptors))
     except OSError:
         raise wire.Closed from None
-    return wire.receive(channel, 60)[0]
+    try:
+        return wire.receive(channel, 60)[0]
+    except wire.TooLate:
+        channel.close()  # the late answer would be taken for that to the next order
+        raise
 
 
 # ----- what all ways to shut students' code in share -------------------------------------------------------
