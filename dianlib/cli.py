@@ -227,7 +227,7 @@ def _grade(options: argparse.Namespace) -> int:
     except ImportError as error:
         raise CommandError(
             f"Grading needs more packages ({error.name} is missing): install them with "
-            "`pip install 'dianlib[grading]'`."
+            "`pip install -e '.[grading]'`."
         ) from None
     jobs = _processes(options.jobs)
     if options.no_wait and not options.queue:
@@ -274,7 +274,7 @@ def _queue() -> Any:
     except ImportError as error:
         raise CommandError(
             f"A queue needs more packages ({error.name} is missing): install them with "
-            "`pip install 'dianlib[grading]'`."
+            "`pip install -e '.[grading]'`."
         ) from None
     return queue
 
