@@ -460,7 +460,7 @@ def test_an_assignment_that_was_never_generated(course: Course, said: Said) -> N
         code, out, err = said("other", "--course", str(course.root))
     finally:
         shutil.rmtree(other)
-    sentence = "The gradebook does not know 'other': run `nbgrader generate_assignment other`.\n"
+    sentence = "The gradebook does not know 'other': run `nbgrader generate_assignment other --force`.\n"
     assert (code, out, err) == (2, "", sentence)
 
 

@@ -85,7 +85,7 @@ def imports(module: Path, *, lazy: bool) -> set[str]:
 
 MODULES = {path.stem: path for path in (ROOT / "dianlib").glob("*.py") if path.stem != "__init__"}
 # What serves every chapter; all other flat modules are models, one for each chapter.
-SERVICES = {"cli", "data", "metrics", "notebooks", "plotting", "progress", "reproduce", "training"}
+SERVICES = {"cli", "data", "glue", "metrics", "notebooks", "plotting", "progress", "training"}
 MODELS = MODULES.keys() - SERVICES
 OUTSIDE = {"checks", "grading", "plotting", "cli", "notebooks", "progress", "reproduce"}
 

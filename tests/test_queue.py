@@ -451,5 +451,5 @@ def test_missing_packages_are_named(
     assert main(["worker", "--queue", "postgresql://dian@127.0.0.1/dian"]) == 2
     assert capsys.readouterr().err == (
         "A queue needs more packages (procrastinate is missing): install them with "
-        "`pip install 'dianlib[grading]'`.\n"
+        "`pip install -e '.[grading]'`.\n"
     )

@@ -7,7 +7,7 @@ import pytest
 
 from dianlib.cli import main
 from dianlib.metrics import wilson_interval
-from dianlib.reproduce import RECIPES, Result, markdown_table, reproduce_mlp
+from dianlib.reproduce.mlp import RECIPES, Result, markdown_table, reproduce_mlp
 
 Captured = pytest.CaptureFixture[str]
 

@@ -1,14 +1,8 @@
-"""Run a result of the book again, on the full data set, and write down what came out.
-
-The book itself trains on small data, so that a page runs in seconds. What it says about MNIST and
-Fashion-MNIST was measured by the functions here; ``dianlib reproduce mlp`` calls them.
-"""
+"""93.9 % after a hundred epochs, and why: the case of the chapter "A fully connected network"."""
 
 import argparse
-import csv
-import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from statistics import mean
@@ -17,9 +11,10 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam
 
-from dianlib.data import Batches, DataError, ImageData, digits, fashion_mnist, mnist
+from dianlib.data import Batches, ImageData, digits, fashion_mnist, mnist
 from dianlib.metrics import evaluate, wilson_interval
 from dianlib.mlp import MLP
+from dianlib.reproduce.tables import write_csv
 from dianlib.training import History, fit, seed_everything
 
 DATASETS: dict[str, Callable[[], ImageData]] = {
@@ -127,10 +122,10 @@ def reproduce_mlp(
     table = markdown_table(results)
     print(table)
     (output / f"mlp-{dataset}.md").write_text(table + "\n", encoding="utf-8")
-    _write_csv(output / f"mlp-{dataset}.csv", [field.name for field in fields(Result)], map(astuple, results))
+    write_csv(output / f"mlp-{dataset}.csv", [field.name for field in fields(Result)], map(astuple, results))
     # "Watched" are the test images with SGD and the validation images with Adam.
     columns = ["recipe", "seed", "epoch", "train_loss", "watched_loss", "watched_accuracy"]
-    _write_csv(output / f"mlp-{dataset}-curves.csv", columns, curves)
+    write_csv(output / f"mlp-{dataset}-curves.csv", columns, curves)
     return results
 
 
@@ -181,34 +176,15 @@ def _line(seed: str, interval: str, runs: Sequence[Result]) -> str:
     )
 
 
-def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(rows)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``dianlib reproduce`` with these arguments and return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="dianlib reproduce", description="Repeat an experiment of the book at full size."
-    )
-    parser.add_argument("experiment", choices=["mlp"], help="mlp: 93.9 %% after a hundred epochs, and why")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what `dianlib reproduce mlp` can be told."""
     parser.add_argument(
         "--dataset", choices=DATASETS, default="mnist", help="images to train on (default: mnist)"
     )
     parser.add_argument("--epochs", type=int, default=100, help="epochs at most (default: 100)")
     parser.add_argument("--seeds", type=int, default=3, help="networks for each recipe (default: 3)")
-    parser.add_argument(
-        "--output", type=Path, default=Path("reproduced"), help="folder for the tables (default: reproduced)"
-    )
-    options = parser.parse_args(arguments)
-    try:
-        reproduce_mlp(options.dataset, epochs=options.epochs, seeds=options.seeds, output=options.output)
-    except (DataError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"the tables cannot be written to {options.output}: {error.strerror}.", file=sys.stderr)
-        return 2
-    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    """Carry out `dianlib reproduce mlp`."""
+    reproduce_mlp(options.dataset, epochs=options.epochs, seeds=options.seeds, output=options.output)
