@@ -104,8 +104,7 @@ class Sandbox:
         self.data = data
         self.hidden = tuple({f.resolve() for f in (*_copies_of_dianlib(), *hidden) if f.is_dir()})
         self._channels: list[socket.socket] = []
-        self._start(channels)
-        self._test()
+        self._start(channels, self._test)
 
     def use(self, number: int) -> None:
         """Take one of the channels and leave the others to other processes."""
@@ -168,7 +167,17 @@ class Sandbox:
             raise
         return box
 
-    def _start(self, channels: int) -> None:
+    def _start(self, channels: int, test: Callable[[], None] = lambda: None) -> None:
+        """Start a warm process and test it, at the second attempt if need be."""
+        try:
+            self._launch(channels)
+            test()
+        except SandboxError:
+            # Somebody may have killed a part of it. What fails for another reason fails again.
+            self._launch(channels)
+            test()
+
+    def _launch(self, channels: int) -> None:
         pairs = [socket.socketpair() for _ in range(channels)]
         inner = [its.fileno() for _, its in pairs]
         command = [
