@@ -9,6 +9,7 @@ asked to write there. Without it, and for unpacking, a cache folder of our own i
 """
 
 import contextlib
+import copy
 import importlib.util
 import os
 import tempfile
@@ -90,6 +91,11 @@ def digits(seed: int = 0) -> ImageData:
     three parts. Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits,
     UCI Machine Learning Repository, 1998 (its test part).
     """
+    return copy.deepcopy(_digits(seed))  # whoever changes the images changes only their own
+
+
+@cache
+def _digits(seed: int) -> ImageData:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

@@ -5,6 +5,7 @@ are forked after everything was imported once. Killed at any moment, a second ru
 """
 
 import contextlib
+import functools
 import logging
 import multiprocessing
 import re
@@ -18,6 +19,7 @@ from multiprocessing.context import ForkContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import nbgrader.api
 from nbgrader.api import Gradebook
 from nbgrader.apps import NbGraderAPI
 from nbgrader.apps.baseapp import NbGrader
@@ -367,6 +369,8 @@ def _serve(course: Course, assignment: str, connection: Connection, number: int,
     """Grade what the driver asks for until it has nothing more."""
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's business
+    # nbgrader opens the gradebook seven times a submission, and each new engine compiles all queries anew.
+    nbgrader.api.create_engine = functools.cache(nbgrader.api.create_engine)
     if not private:  # else it starts a sandbox of its own: the channel of a dead worker is not to be trusted
         course.sandbox(assignment).use(number)
     while (student := connection.recv()) is not None:

@@ -6,6 +6,7 @@ Used inside the sandbox, in the process that is about to run one student's code.
 import contextlib
 import ctypes
 import errno
+import functools
 import os
 import resource
 import signal
@@ -13,7 +14,7 @@ import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 HOME = "/home/student"
 
@@ -144,6 +145,12 @@ def prefer_for_killing() -> None:
 
 def filter_system_calls() -> None:
     """Refuse what is not needed, and what could open a new namespace or reach another machine."""
+    system_call_filter().load()
+
+
+@functools.cache  # made once, before the forks
+def system_call_filter() -> Any:
+    """Return the filter of pyseccomp, which is not in force before it is loaded."""
     import pyseccomp as seccomp
 
     filtered = seccomp.SyscallFilter(defaction=seccomp.ALLOW)
@@ -157,7 +164,7 @@ def filter_system_calls() -> None:
     filtered.add_rule(seccomp.ERRNO(errno.ENOSYS), "clone3")
     # Not all kinds of sockets belong to a network namespace: AF_VSOCK reaches the host of a virtual machine.
     filtered.add_rule(refuse, "socket", seccomp.Arg(0, seccomp.GT, socket.AF_INET6))
-    filtered.load()
+    return filtered
 
 
 def _mount(source: str, target: str, options: str, flags: int) -> None:
