@@ -84,7 +84,7 @@ def grade(course: Path, gradebook: Gradebook, student: str, assignment: str, how
     if how.score is not None:
         submission = gradebook.add_submission(assignment, student, timestamp=DUE)
         (graded,) = submission.notebooks[0].grades
-        graded.auto_score = how.score
+        graded.auto_score, graded.needs_manual_grade = how.score, False
         submission.notebooks[0].late_submission_penalty = how.late
         gradebook.db.commit()
 
@@ -164,6 +164,32 @@ def test_a_score_is_there_for_what_is_graded_only(table: dict[tuple[str, str], R
     else:
         scores = (row["raw_score"], row["late_submission_penalty"], row["score"], row["timestamp"])
         assert scores == ("", "", "", "")
+
+
+def test_a_text_that_nobody_has_read_yet_is_said(tmp_path: Path) -> None:
+    (tmp_path / "nbgrader_config.py").write_text((ROOT / "nbgrader_config.py").read_text())
+    with Gradebook(f"sqlite:///{tmp_path / 'gradebook.db'}") as gradebook:
+        gradebook.add_assignment("mlp")
+        gradebook.add_notebook("mlp", "mlp")
+        gradebook.add_grade_cell("essay", "mlp", "mlp", max_score=2, cell_type="markdown")
+        grade(tmp_path, gradebook, "ann", "mlp", Student("graded"))
+        grade(tmp_path, gradebook, "bob", "mlp", Student("flagged"))
+        for student in ("ann", "bob"):
+            (essay,) = gradebook.add_submission("mlp", student).notebooks[0].grades
+            essay.needs_manual_grade = True
+        gradebook.db.commit()
+        assert [row["status"] for row in export(tmp_path, tmp_path)] == [
+            "graded, text waits",
+            "flagged, text waits",
+        ]
+        for student in ("ann", "bob"):
+            essay = gradebook.find_grade("essay", "mlp", "mlp", student)
+            essay.manual_score, essay.needs_manual_grade = 2.0, False
+        gradebook.db.commit()
+    assert [(row["status"], row["score"]) for row in export(tmp_path, tmp_path)] == [
+        ("graded", "2.0"),
+        ("flagged", "2.0"),
+    ]
 
 
 def test_nobody_has_handed_in_the_other_assignment(table: dict[tuple[str, str], Row]) -> None:

@@ -219,6 +219,37 @@ def test_a_changed_submission_is_graded_again_on_new_inputs(course: Course) -> N
     assert record(course, "eve").tasks == first.tasks
 
 
+def test_the_feedback_is_that_of_the_last_grading(course: Course) -> None:
+    page = course.root / "feedback" / "eve" / SMALL / f"{SMALL}.html"
+    for changed in (ANSWERS["half"], {}):
+        hand_in(course.root, "eve", changed)
+        autograde(course)
+        assert course.api.generate_feedback(SMALL, "eve", force=False)["success"]
+        told = BeautifulSoup(page.read_text(), "html.parser").get_text()
+        assert all(task.message in told for task in record(course, "eve").tasks)
+
+
+def test_what_an_answer_needs_may_stand_below_its_check(course: Course) -> None:
+    bent = "def relu(x):\n    return bend(x)"
+    path = hand_in(course.root, "eve", {"relu": bent})
+    notebook = nbformat.read(path, as_version=4)
+    cells = {cell.id: cell for cell in notebook.cells}
+    cells["linear"].source = "def bend(x):\n    return x.clamp(min=0)\n\n\n" + cells["linear"].source
+    # The cells of the first task were moved behind those of the second.
+    first = [cell for cell in notebook.cells if cell.id.startswith("linear")]
+    notebook.cells = [cell for cell in notebook.cells if cell not in first] + first
+    nbformat.write(notebook, path)
+    autograde(course)
+    assert score(course, "eve") == 2
+    # Without a move an answer has what is defined above it, and nothing else.
+    path = hand_in(course.root, "bob", {"relu": bent})
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.append(new_code_cell("def bend(x):\n    return x.clamp(min=0)"))
+    nbformat.write(notebook, path)
+    autograde(course, "bob")
+    assert score(course, "bob") == 1
+
+
 def test_handed_in_again_with_a_newer_time(course: Course) -> None:
     path = hand_in(course.root, "eve", ANSWERS["half"])
     stamp = path.with_name("timestamp.txt")
@@ -437,7 +468,9 @@ def test_a_bar_in_a_terminal(course: Course) -> None:
 
 
 def test_submissions_that_nobody_handed_in(course: Course, said: Said) -> None:
-    assert said(SMALL, "--course", str(course.root)) == (0, "0 graded (0 of them flagged), 0 failed\n", "")
+    place = course.root / "submitted" / "STUDENT" / SMALL / f"{SMALL}.ipynb"
+    sentence = f"Nobody has handed in {SMALL!r}: submissions belong in {place}.\n"
+    assert said(SMALL, "--course", str(course.root)) == (2, "", sentence)
 
 
 @pytest.mark.parametrize("jobs", ["0", "-3"])

@@ -772,6 +772,22 @@ def test_a_folder_among_the_programs_is_empty_inside() -> None:
         made.close()
 
 
+def test_a_course_beside_the_data_is_empty_inside(tmp_path: Path) -> None:
+    (tmp_path / "course").mkdir()
+    (tmp_path / "course" / "solution.txt").write_text("right")
+    (tmp_path / "images.txt").write_text("seen")
+    tmp_path.chmod(0o755)
+    made = Sandbox((), data=tmp_path, hidden=[tmp_path / "course"])
+    box = made.open()
+    try:
+        source = "import os; print(sorted(os.listdir('/data')), os.listdir('/data/course'))"
+        answer, _ = box.ask({"do": "cell", "source": source, "seconds": 9.0})
+        assert answer["text"] == "['course', 'images.txt'] []\n"
+    finally:
+        box.close()
+        made.close()
+
+
 def test_every_copy_of_the_package_is_covered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With a clone as working folder, the references of an installed dianlib must not be seen either."""
     (tmp_path / "dianlib").mkdir()

@@ -6,6 +6,7 @@ are forked after everything was imported once. Killed at any moment, a second ru
 
 import contextlib
 import functools
+import glob
 import logging
 import multiprocessing
 import re
@@ -85,7 +86,7 @@ class Course:
 
     def submitted(self, assignment: str) -> list[str]:
         """List the students who handed something in for an assignment."""
-        folders = (self.root / "submitted").glob(f"*/{assignment}")
+        folders = (self.root / "submitted").glob(f"*/{glob.escape(assignment)}")
         return sorted(folder.parent.name for folder in folders if folder.is_dir())
 
     def pending(self, assignment: str, force: bool = False) -> list[str]:
@@ -98,7 +99,7 @@ class Course:
         ]
 
     def _check(self, assignment: str) -> None:
-        """Say early and once what would go wrong for each student."""
+        """Say early and once what would go wrong for each student, or that nobody has handed in."""
         known = sorted(path.name for path in (self.root / "exercises").glob("*") if path.is_dir())
         if assignment not in known:
             raise GradingError(
@@ -115,6 +116,9 @@ class Course:
                 f"The gradebook does not know {assignment!r}: "
                 f"run `nbgrader generate_assignment {assignment} --force`."
             )
+        if not self.submitted(assignment):
+            place = self.folder(assignment, "STUDENT") / f"{assignment}.ipynb"
+            raise GradingError(f"Nobody has handed in {assignment!r}: submissions belong in {place}.")
 
     @contextlib.contextmanager
     def _gradebook(self) -> Iterator[Gradebook]:

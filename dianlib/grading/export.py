@@ -56,7 +56,7 @@ class GradedOnly(ExportPlugin):  # type: ignore[misc]
             if row["status"] == "not submitted":
                 row |= {"raw_score": 0.0, "late_submission_penalty": 0.0, "score": 0.0}
             elif row["status"] in ("graded", "flagged"):
-                row |= _scores(gradebook, assignment.name, student_id)
+                row |= _scores(gradebook, assignment.name, student_id, row["status"])
             yield {name: "" if value is None else value for name, value in row.items()}
 
     def _submitted(self, assignment: str) -> Iterator[str]:
@@ -83,13 +83,14 @@ def _plain(text: str | None) -> str | None:
     return f"'{text}" if text and text.lstrip().startswith(("=", "+", "-", "@")) else text
 
 
-def _scores(gradebook: Any, assignment: str, student: str) -> dict[str, Any]:
+def _scores(gradebook: Any, assignment: str, student: str, status: str) -> dict[str, Any]:
     try:
         submission = gradebook.find_submission(assignment, student)
     except MissingEntry:  # the gradebook was replaced by an older one
         return {"status": "not graded"}
     penalty = submission.late_submission_penalty
     return {
+        "status": f"{status}, text waits" if submission.needs_manual_grade else status,
         "timestamp": submission.timestamp,
         "raw_score": submission.score,
         "late_submission_penalty": penalty,

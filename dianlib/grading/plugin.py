@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import os
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -168,9 +169,14 @@ class SafeExporter(NotebookExporter):
 
 
 def after(**_: Any) -> None:
-    """Stand after a submission, when all its grades are in the gradebook: write its record."""
+    """Stand after a submission, when all its grades are in the gradebook: write its record.
+
+    The feedback of an earlier grading goes, for nbgrader would take it for the one that is wanted now.
+    """
     at_hand = work.current()
     if at_hand is not None:
+        feedback = at_hand.course / "feedback" / at_hand.student / at_hand.assignment
+        shutil.rmtree(feedback, ignore_errors=True)
         at_hand.write()
     work.finish()
 
@@ -250,10 +256,12 @@ class _Grading:
             elif cell.source.strip():
                 self.sources.append(cell.source)
                 cell.outputs = _outputs(self.session.cell(cell.source))
-        # An answer may stand below its check cell, in a notebook whose cells were moved.
+        # In a notebook whose cells were moved, an answer or what it needs may stand below its check cell.
+        is_moved = any(flag.kind == "order" for flag in self.work.flags)
         for grade_id, found in judged.items():
-            if any(result.state == "missing" for result in found):
-                judged[grade_id] = self._judge(tasks[grade_id], grade_id, answers[grade_id])
+            if any(result.state == "missing" or (is_moved and result.state != "right") for result in found):
+                again = self._judge(tasks[grade_id], grade_id, answers[grade_id])
+                judged[grade_id] = max(found, again, key=_earned)
         for cell in code:
             if mark(cell, "grade_id") in judged:
                 found = judged[mark(cell, "grade_id")]
@@ -289,6 +297,11 @@ class _Grading:
                 )
             )
         return found
+
+
+def _earned(found: list[TaskRecord]) -> tuple[float, bool]:
+    """Order two judgements of one cell: by points, and a missing answer comes last."""
+    return sum(result.points for result in found), all(result.state != "missing" for result in found)
 
 
 def _defining(sources: list[str], name: str) -> str:

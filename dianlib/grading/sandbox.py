@@ -422,12 +422,13 @@ def _mounts(modules: Sequence[str], data: Path | None, hidden: Sequence[Path]) -
     if data is not None:
         places[Path("/data")] = data.resolve()
     mounts = {target: ["--ro-bind", str(source), str(target)] for target, source in places.items()}
-    # What lies among these places and is not for students: an installed dianlib with all its references, and
-    # a course that is kept in /usr/src, as containers often do.
+    # What lies among these places and is not for students: an installed dianlib with all its references, a
+    # course that is kept in /usr/src, as containers often do, or beside the data.
     covered = [
-        folder.resolve()
+        target / folder.resolve().relative_to(source)
+        for target, source in {**visible, **({Path("/data"): data.resolve()} if data else {})}.items()
         for folder in hidden
-        if any(folder.resolve().is_relative_to(source) for source in visible.values())
+        if folder.resolve().is_relative_to(source)
     ]
     mounts |= {folder: ["--perms", "0755", "--tmpfs", str(folder)] for folder in covered}
     # bubblewrap would make the folders above these places for their owner only.
