@@ -179,8 +179,8 @@ def test_a_text_that_nobody_has_read_yet_is_said(tmp_path: Path) -> None:
             essay.needs_manual_grade = True
         gradebook.db.commit()
         assert [row["status"] for row in export(tmp_path, tmp_path)] == [
-            "graded, text waits",
-            "flagged, text waits",
+            "graded; text waits",
+            "flagged; text waits",
         ]
         for student in ("ann", "bob"):
             essay = gradebook.find_grade("essay", "mlp", "mlp", student)

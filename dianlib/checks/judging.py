@@ -119,15 +119,16 @@ def problem(probe: Probe, got: Outcome, wanted: Outcome) -> str:
         kind = _kind_problem(name, got.values[name], expected)
         if kind:
             return kind
+    for name, expected in wanted.values.items():
+        if name in got.values and not close(got.values[name], expected):
+            found = _difference(name, got.values[name], expected, probe)
+            return f"{found} It raised {got.error_text}" if probe.verdict and got.error_text else found
+    # Said of a right result only: a bias that was not added has no gradient either.
     if got.detached and not wanted.detached:
         return (
             "No gradient reaches the input: the result was cut from autograd's graph "
             "(by .detach(), .data, .item(), .numpy() or torch.tensor(...))."
         )
-    for name, expected in wanted.values.items():
-        if name in got.values and not close(got.values[name], expected):
-            found = _difference(name, got.values[name], expected, probe)
-            return f"{found} It raised {got.error_text}" if probe.verdict and got.error_text else found
     if got.changed:
         return f"It changed its argument {got.changed[0]} in place; the caller still needs that tensor."
     return ""

@@ -90,7 +90,7 @@ def _scores(gradebook: Any, assignment: str, student: str, status: str) -> dict[
         return {"status": "not graded"}
     penalty = submission.late_submission_penalty
     return {
-        "status": f"{status}, text waits" if submission.needs_manual_grade else status,
+        "status": f"{status}; text waits" if submission.needs_manual_grade else status,
         "timestamp": submission.timestamp,
         "raw_score": submission.score,
         "late_submission_penalty": penalty,
