@@ -185,6 +185,26 @@ def test_what_a_cell_prints_is_cut(session: Session) -> None:
     ]
 
 
+def test_more_pictures_than_fit_cost_the_last_ones_and_not_the_cell(session: Session) -> None:
+    # Noise hardly shrinks: each picture is about 700 kB, and one answer has room for a few of them.
+    source = """
+import numpy as np
+from matplotlib import pyplot as plt
+
+noise = np.random.default_rng(0).random((500, 500, 3))
+for _ in range(8):
+    plt.imsave("noise.png", noise)
+    display({"image/png": __import__("base64").b64encode(open("noise.png", "rb").read()).decode()}, raw=True)
+print("done")
+"""
+    shown = session.cell(source)
+    assert (shown.text, shown.error) == ("done\n", None)
+    assert 0 < len(shown.shown) < 8
+    assert all(picture.keys() == {"image/png"} for picture in shown.shown)
+    assert kinds(session) == ["output-limit"]
+    assert session.cell("print('next')").text == "next\n"
+
+
 def test_what_all_cells_show_is_limited(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "_room", 1_000)
     assert session.cell("print('x' * 600)").text == "x" * 600 + "\n"
@@ -650,6 +670,20 @@ def test_a_sealed_function_behaves_as_an_open_one(session: Session, source: str)
     exec(source, names)
     wanted = run_all(names["examine"], Bench(MLP_TEST, 1).probes, frozenset(), MLP_TEST.limit)
     assert verdicts(judge_softmax(session, source)) == [outcome.values.get("result") for outcome in wanted]
+
+
+def test_an_answer_that_a_test_did_not_wait_for_is_not_taken_for_the_next(session: Session) -> None:
+    """The time of a probe ends while a sealed function is at work; what it returns late belongs to nobody."""
+    session.cell("import torch\nconfusion = torch.tensor([[3, 1], [1, 5]])")
+    session.cell("def examine(macro_f1):\n    while True:\n        macro_f1(confusion)")
+    bench = Bench(replace(GRADE_THIS, limit=0.3), 1)
+    answer = session.task(bench, "examine", GRADE_THIS.forbidden)
+    assert len(answer.outcomes) == len(bench.probes) + 1
+    assert {outcome.error for outcome in answer.outcomes} == {"TimeLimit"}
+    session.cell(GOOD_TEST.replace("{CALL}", "macro_f1(confusion)"))
+    after = session.task(Bench(GRADE_THIS, 1), "examine", GRADE_THIS.forbidden)
+    assert {outcome.error for outcome in after.outcomes} <= {"", "AssertionError"}
+    assert {True, False} <= set(verdicts(after))
 
 
 def test_a_test_that_never_stops_calling_is_stopped(session: Session) -> None:
