@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hostile import arena
+from hostile import arena, measured, page
 from hostile.arena import HONEST, Result, verdict
 from hostile.build import ASSIGNMENT, CHANGES, FULL, hand_in, load
 
@@ -136,3 +136,21 @@ def test_the_container_is_closed_and_the_keeper_sees_what_is_left() -> None:
         report = course.run([["sleep", "60"]], 1)
         assert "STUCK" in set(arena.harm_to_course(course, report))
         assert not report["left"]
+
+
+# ----- the page ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grader", ["plain", "ours"])
+def test_the_measurements_are_of_the_cases_as_they_are_now(grader: str) -> None:
+    entries = measured.read(grader)
+    stale = [name for name, entry in entries.items() if entry["case"] != measured.digest(CASES[name])]
+    assert not stale, f"run `python -m hostile.measured {grader}` in the folder tests"
+
+
+def test_every_case_has_been_measured_with_the_grader_of_the_course() -> None:
+    assert measured.read("ours").keys() == CASES.keys()
+
+
+def test_the_page_shows_the_measurements() -> None:
+    assert page.PAGE.read_text() == page.page(), "run `python -m hostile.page` in the folder tests"

@@ -37,7 +37,8 @@ GROUPS = {
 def page() -> str:
     """Return the whole page as Markdown."""
     cases, plain, ours = load(), measured.read("plain"), measured.read("ours")
-    results = {name: (measured.result(plain[name]), measured.result(ours[name])) for name in cases}
+    results = {name: measured.result(ours[name]) for name in cases}
+    of_plain = {name: measured.result(plain[name]) for name in cases if name in plain}
     text = (
         (HERE / "intro.md")
         .read_text()
@@ -45,10 +46,10 @@ def page() -> str:
             total=len(cases),
             honest=sum(case.group == "honest" for case in cases.values()),
             full=max(case.high for case in cases.values()),
-            plain_well=sum(not verdict(cases[name], pair[0]) for name, pair in results.items()),
-            plain_words=_count(cases, {name: pair[0] for name, pair in results.items()}),
-            ours_well=sum(not verdict(cases[name], pair[1]) for name, pair in results.items()),
-            ours_words="",
+            plain_total=len(of_plain),
+            plain_well=sum(not verdict(cases[name], found) for name, found in of_plain.items()),
+            plain_words=_count(cases, of_plain),
+            ours_well=sum(not verdict(cases[name], found) for name, found in results.items()),
             versions=", ".join(sorted({entry["versions"] for entry in plain.values()})),
         )
     )
@@ -57,7 +58,8 @@ def page() -> str:
         text += "| --- | --- | --- | --- | --- |\n"
         for name, case in cases.items():
             if case.group == group:
-                cells = (_allowed(case), *(_cell(case, result) for result in results[name]))
+                alone = _cell(case, of_plain[name]) if name in of_plain else "not run"
+                cells = (_allowed(case), alone, _cell(case, results[name]))
                 text += f"| `{name}` | {case.does} | {' | '.join(cells)} |\n"
     return text
 
