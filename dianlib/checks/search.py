@@ -822,14 +822,14 @@ def _best_twin(
     return sum((weight * value for weight, value in zip(weights, ordered, strict=True)), 0.0)
 
 
-def _best_by_trying_all_sets(values: Any, k: int) -> float:
+def _best_by_trying_all_sets(values: Any, k: int) -> Any:
     from itertools import combinations
 
     found = [max(some) for some in combinations(values, k)]
     return sum(found) / len(found)
 
 
-def _best_by_recursion(values: Any, k: int) -> float:
+def _best_by_recursion(values: Any, k: int) -> Any:
     # The largest of n is in the set with probability k/n; otherwise go on with the n - 1 smaller ones.
     *smaller, largest = sorted(values)
     if k > len(smaller):

@@ -135,7 +135,7 @@ def _tested(images: ImageData, result: Result, model: nn.Module) -> Result:
 def run_study(
     images: ImageData, trials: int, epochs: int, n_train: int, journal: Path | None
 ) -> optuna.Study:
-    """Let TPE try ``trials`` settings on ``n_train`` images; trials below the median of the others stop early.
+    """Let TPE try ``trials`` settings on ``n_train`` images; those below the others' median stop early.
 
     With ``journal`` the study is kept in that file: a second process, or a second call, goes on with it.
     """
@@ -179,7 +179,7 @@ def search_and_test(
 ) -> tuple[list[Result], str]:
     """Search on a part of the training images, train the winner on all of them, and test it once.
 
-    The results are one network for each seed, with and without shifted images, and a sentence about the study.
+    The results are a network for each seed, with and without shifted images, and some words on the study.
     """
     started = time.perf_counter()
     study = run_study(images, trials, epochs, min(10_000, len(images.train_labels)), journal)
