@@ -178,7 +178,7 @@ def search_and_test(
 
     The results are a network for each seed, with and without shifted images, and some words on the study.
     """
-    started = time.perf_counter()
+    started, computing = time.perf_counter(), time.process_time()
     study = run_study(images, trials, epochs, journal)
     searched = time.perf_counter() - started
     settings = search_space(optuna.trial.FixedTrial(study.best_params))
@@ -194,14 +194,15 @@ def search_and_test(
         return _trained(images, "search", name, seed, final_epochs, **with_rate)
 
     # A short training likes a higher rate than a long one: the validation images decide between two.
-    name = "chosen, images shifted by up to a pixel"
+    name = "chosen, images shifted"
     rates = (settings["lr"], settings["lr"] / 4)
     first = {lr: final(name, 0, 1, lr) for lr in rates}
     lr = max(rates, key=lambda rate: first[rate][0].validation)
     about += (
         f" Trained for {final_epochs} epochs with this rate and with a quarter of it, it reaches "
         f"{first[rates[0]][0].validation:.4f} and {first[rates[1]][0].validation:.4f}. "
-        f"Until the first network below: {time.perf_counter() - started:.0f} seconds."
+        f"Until the first network below: {time.perf_counter() - started:.0f} seconds, "
+        f"{time.process_time() - computing:.0f} of them of computing."
     )
     chosen = [first[lr], *(final(name, seed, 1, lr) for seed in range(1, seeds))]
     unshifted = [final("the same without shifts", seed, 0, lr) for seed in range(seeds)]
