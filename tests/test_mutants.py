@@ -70,7 +70,6 @@ EQUIVALENT = {
         "variance = (d % 2).mean().item() - m**2": "-1, 0 and 1 give 1, 0 and 1, like their squares",
     },
     "search.audit_table": {
-        "if n_rest <= 0:": "a rest is never below 0",
         "if abs(nearest - value) >= 0.5 * 10**-decimals:": "no printed value lies exactly half-way",
     },
     "search.grade_this": {

@@ -65,8 +65,8 @@ def train(
 
     Adam follows one cycle: its rate rises to ``lr`` in the first fifth of all steps and falls to nearly 0
     (Smith and Topin 2018, arXiv:1708.07120); with ``plain`` it is SGD at one constant rate. With
-    ``shift`` each batch is moved by up to that many pixels in each direction. ``report`` gets the number of each
-    epoch and the validation accuracy after it.
+    ``shift`` each batch is moved by up to that many pixels in each direction. ``report`` gets the number of
+    each epoch and the validation accuracy after it.
     """
     order = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
@@ -202,7 +202,7 @@ def search_and_test(
         f" Trained for {final_epochs} epochs with this rate and with a quarter of it, it reaches "
         f"{first[rates[0]][0].validation:.4f} and {first[rates[1]][0].validation:.4f}. "
         f"Until the first network below: {time.perf_counter() - started:.0f} seconds, "
-        f"{time.process_time() - computing:.0f} of them of computing."
+        f"with {time.process_time() - computing:.0f} seconds of processor time."
     )
     chosen = [first[lr], *(final(name, seed, 1, lr) for seed in range(1, seeds))]
     unshifted = [final("the same without shifts", seed, 0, lr) for seed in range(seeds)]
