@@ -73,9 +73,9 @@ EQUIVALENT = {
         "if abs(nearest - value) >= 0.5 * 10**-decimals:": "no printed value lies exactly half-way",
     },
     "search.grade_this": {
-        "return int(chosen) <= 1 and abs(float(reported) - honest) < 1e-6": "the reported number tells as well",
-        "return int(chosen) >= 1 and abs(float(reported) - honest) < 1e-6": "the reported number tells as well",
-        "return int(chosen) == 1 and abs(float(reported) - honest) <= 1e-6": "no report is off by exactly 1e-6",
+        "return int(chosen) <= 1 and abs(float(reported) - honest) < 1e-6": "the report tells as well",
+        "return int(chosen) >= 1 and abs(float(reported) - honest) < 1e-6": "the report tells as well",
+        "return int(chosen) == 1 and abs(float(reported) - honest) <= 1e-6": "no report is off by 1e-6",
     },
     "search.read_a_study": {
         "variances = [p * (1 % p) / n_test_images for p in (five_layers, four_layers)]": (

@@ -171,7 +171,7 @@ SPACE_TASK = Task(
         Fault(
             "space-layer-count-off-by-one",
             "The network has one hidden layer more or fewer than n_layers says.",
-            "range(1, n + 1) counts from 1 to n.",
+            "Use range(1, n + 1), which counts from 1 to n.",
             SPACE,
             settings=[{"depth": "one too few"}, {"depth": "one too many"}],
         ),
@@ -1372,7 +1372,7 @@ READ_A_STUDY = Task(
             "denominator",
             10_000,
             fault_id="table-claim-believed",
-            does=".979932 x 10,000 is no whole number, even with the rounding.",
+            does="0.979932 x 10,000 is no whole number, even with the rounding.",
             todo="Try the mean over 313 batches.",
             reread=DIGITS,
         ),
@@ -1397,7 +1397,7 @@ READ_A_STUDY = Task(
             0.982285 - 0.978901,
             fault_id="study-difference-not-divided",
             does="This is the difference itself.",
-            todo="Divide it by its standard error: how many times its usual luck is it?",
+            todo="Divide it by its standard error, the luck that is usual for a difference.",
             reread=LUCK,
         ),
         _known_answer(
