@@ -140,6 +140,7 @@ SPACE_TASK = Task(
     probes=_space_probes,
     twin=_space_twin,
     properties=[_what_was_asked],
+    forbidden=frozenset({"search_space"}),
     variants=[_space_in_a_loop, _space_with_a_tuple],
     hints=(
         "A trial says two hidden layers. Which widths does the training use, and which should be asked for?",
@@ -334,6 +335,7 @@ DEPTHS_TASK = Task(
     reference=search.set_of_depths,
     probes=_depth_probes,
     twin=_depth_twin,
+    forbidden=frozenset({"set_of_depths"}),
     variants=[_depths_by_formula, _depths_by_counting_a_module],
     hints=(
         "How many weights and biases has 64-w-w-10, written with w?",
@@ -537,6 +539,7 @@ CHOOSE_TASK = Task(
     reference=search.choose,
     probes=_choose_probes,
     twin=_choose_twin,
+    forbidden=frozenset({"choose"}),
     variants=[_choose_by_sorting, _choose_with_tensors],
     hints=(
         "Which of the numbers in a result may you look at before the choice is made?",
@@ -699,6 +702,7 @@ PAIRED_TASK = Task(
     accepts=[lambda first, second, z=1.96: _paired_twin(first, second, z, freedom=1)],
     probes=_paired_probes,
     twin=_paired_twin,
+    forbidden=frozenset({"paired_interval"}),
     variants=[_paired_by_counts, _paired_with_std, _paired_with_lists],
     hints=(
         "On how many images do the two networks differ, and what do all the others say about the difference?",
@@ -854,6 +858,7 @@ BEST_TASK = Task(
     reference=search.expected_best,
     probes=_best_probes,
     twin=_best_twin,
+    forbidden=frozenset({"expected_best"}),
     variants=[_best_by_trying_all_sets, _best_by_recursion, _best_with_tensors],
     hints=(
         "Which sets of two of the values 1, 2, 3 and 4 have 3 as their largest?",
@@ -1037,6 +1042,7 @@ AUDIT_TASK = Task(
     reference=search.audit_table,
     probes=_audit_probes,
     twin=_audit_twin,
+    forbidden=frozenset({"audit_table"}),
     variants=[_audit_by_rounding, _audit_with_tensors],
     hints=(
         "For which whole numbers k and D is .982285 the number k / D, written with six digits?",
