@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import re
 from functools import cache
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import yaml
 from assignment import BEGIN, END, ROOT, answer_cells, define, items, mark, read, visible_and_hidden
 
-from dianlib import metrics, mlp
+from dianlib import metrics, mlp, search
 from dianlib.checks import grade, tasks
 from dianlib.checks.registry import CHAPTERS
 from dianlib.checks.running import make
@@ -201,6 +202,37 @@ def test_the_examples_of_the_mlp_statements_are_right() -> None:
     assert said("sgd_step", "`[0.95, 2.1]`")
 
 
+def test_the_examples_of_the_search_statements_are_right() -> None:
+    def said(task: str, *numbers: str) -> bool:
+        statement = item_of("exercises", "search", f"search.{task}").statement
+        return all(number in statement for number in numbers)
+
+    networks = search.set_of_depths([1, 2], 100, 5, 3)
+    assert said("set_of_depths", f"`{networks}`")
+    counts = [search.n_parameters(sizes) for sizes in (*networks, [5, 11, 3], [5, 7, 7, 3])]
+    assert counts == [93, 99, 102, 122]
+    assert said("set_of_depths", *(f" {count}" for count in counts))
+
+    rows = {"A": ([0.94, 0.96], 9_000), "B": ([0.99, 0.89], 5_000), "C": ([0.92, 0.94], 7_000)}
+    results = [{"validation": runs, "parameters": size} for runs, size in rows.values()]
+    assert search.choose(results) == 0
+    results[2]["validation"] = [0.96, 0.94]
+    assert search.choose(results) == 2
+    assert said("choose", "9,000, 5,000 and 7,000", "gives 0.", "would be 2")
+
+    first = torch.tensor([True] * 8 + [False] * 2)
+    second = torch.tensor([True] * 6 + [False] * 2 + [True, False])
+    low, high = search.paired_interval(first, second)
+    assert said("paired_interval", f"({low:.4f}, {high:.4f})")
+    best = [search.expected_best([0.7, 0.9, 0.8], k) for k in (1, 2, 3)]
+    assert said("expected_best", f"{best[0]:.1f}; for k = 3", f"{best[1]:.4f}", f"the maximum, {best[2]}")
+    found = search.audit_table([0.976612, 0.982285], 10_000, 64)
+    assert said("audit_table", str(found).replace("'", '"'))
+    assert math.lcm(72, 1_000 % 72) == 576
+    assert said("audit_table", "576")
+    assert said("grade_this", f"reports {(0.93 + 0.94 + 0.94) / 3:.4f}")
+
+
 # ----- the solutions -------------------------------------------------------------------------------------
 
 
@@ -311,10 +343,18 @@ def test_the_trial_on_real_digits_works_and_waits_politely(slug: str) -> None:
     assert printed["exercises"].startswith("Write ")
     assert "run this cell again" in printed["exercises"]
     # The course's own code gets the same numbers from the same scans.
-    wanted = {"metrics": r"accuracy 0\.8[89]\d, .*f1 0\.8[89]", "mlp": r"(3[789]\d) of 397 scans right"}[slug]
+    wanted = {
+        "metrics": r"accuracy 0\.8[89]\d, .*f1 0\.8[89]",
+        "mlp": r"(3[789]\d) of 397 scans right",
+        "search": r"best validation accuracy 0\.9\d\d; the chosen network reads 0\.9\d\d of the test",
+    }[slug]
     assert re.search(wanted, printed["solutions"]), printed["solutions"]
     # A half-finished function gets a sentence, too.
-    broken = {"metrics": {"evaluate": lambda *_args, **_names: None}, "mlp": {"MLP": lambda _sizes: None}}
+    broken = {
+        "metrics": {"evaluate": lambda *_args, **_names: None},
+        "mlp": {"MLP": lambda _sizes: None},
+        "search": {"search_space": lambda trial: trial.ask_me_anything()},
+    }
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         exec(cells["use-it-digits"], dict(answers("solutions", slug)) | broken[slug])

@@ -16,7 +16,7 @@ from sklearn.metrics import f1_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dianlib import metrics, mlp, training
+from dianlib import metrics, mlp, search, training
 from dianlib.checks import check, grade, hint, tasks
 from dianlib.checks.judging import Bench, anchor, judge
 from dianlib.checks.running import Probe, run_all
@@ -151,6 +151,12 @@ SHORTCUTS: list[tuple[str, Any]] = [
     ("mlp.sgd_step", lambda parameters, lr: torch.optim.SGD(parameters, lr=lr).step()),
     ("mlp.train_epoch", training.train_epoch),
     ("mlp.MLP", mlp.MLP),
+    ("search.search_space", search.search_space),
+    ("search.set_of_depths", search.set_of_depths),
+    ("search.choose", lambda results: search.choose(results)),
+    ("search.paired_interval", search.paired_interval),
+    ("search.expected_best", search.expected_best),
+    ("search.audit_table", search.audit_table),
 ]
 
 

@@ -60,6 +60,37 @@ EQUIVALENT = {
             "the two numbers share no binary digit, so `exclusive or` adds them"
         ),
     },
+    "search.set_of_depths": {
+        "width = 0": "it starts lower and ends at the same width",
+    },
+    "search.choose": {
+        'key = (mean, ~result["parameters"])': "~n is -n - 1: the same order",
+    },
+    "search.paired_interval": {
+        "variance = (d % 2).mean().item() - m**2": "-1, 0 and 1 give 1, 0 and 1, like their squares",
+    },
+    "search.audit_table": {
+        "if abs(nearest - value) >= 0.5 * 10**-decimals:": "no printed value lies exactly half-way",
+    },
+    "search.grade_this": {
+        "return int(chosen) <= 1 and abs(float(reported) - honest) < 1e-6": "the report tells as well",
+        "return int(chosen) >= 1 and abs(float(reported) - honest) < 1e-6": "the report tells as well",
+        "return int(chosen) == 1 and abs(float(reported) - honest) <= 1e-6": "no report is off by 1e-6",
+    },
+    "search.read_a_study": {
+        "variances = [p * (1 % p) / n_test_images for p in (five_layers, four_layers)]": (
+            "for p above one half, the rest of 1 divided by p is 1 - p"
+        ),
+        'answers["standard errors"] = (five_layers % four_layers) / math.sqrt(sum(variances))': (
+            "the rest of a division whose quotient is 1 is the difference"
+        ),
+        'answers["parameters"] = sum(a * b | b for a, b in pairwise(sizes_with_five_hidden_layers))': (
+            "the two numbers share no binary digit, so `or` adds them"
+        ),
+        'answers["parameters"] = sum(a * b ^ b for a, b in pairwise(sizes_with_five_hidden_layers))': (
+            "the two numbers share no binary digit, so `exclusive or` adds them"
+        ),
+    },
 }
 
 

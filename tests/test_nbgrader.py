@@ -216,6 +216,98 @@ answers = {"constant answer": 0.1135, "nan on mnist": 0.098, "first loss": math.
 answers |= {"floor for 100 classes": math.log(1 + 99 / math.e), "steps": 93_800, "parameters": 135_680}
 """,
     ),
+    "search.search_space": (
+        "space-rate-not-logarithmic",
+        """
+def search_space(trial):
+    n_layers = trial.suggest_int("n_layers", 1, 4)
+    hidden = [trial.suggest_categorical(f"width_{i + 1}", [32, 64, 128, 256]) for i in range(n_layers)]
+    lr = trial.suggest_float("lr", 1e-4, 1e-1)
+    batch_size = trial.suggest_categorical("batch_size", [32, 64, 128, 256])
+    return {"hidden": hidden, "lr": lr, "batch_size": batch_size}
+""",
+    ),
+    "search.set_of_depths": (
+        "depths-biases-forgotten",
+        """
+def set_of_depths(depths, budget, n_in, n_out):
+    networks = []
+    for depth in depths:
+        width = 1
+        while n_in * (width + 1) + (depth - 1) * (width + 1) ** 2 + (width + 1) * n_out <= budget:
+            width += 1
+        networks.append([n_in, *[width] * depth, n_out])
+    return networks
+""",
+    ),
+    "search.choose": (
+        "hp-test-set-as-objective",
+        """
+def choose(results):
+    means = [sum(result["test"]) / len(result["test"]) for result in results]
+    return max(range(len(results)), key=lambda i: (means[i], -results[i]["parameters"]))
+""",
+    ),
+    "search.paired_interval": (
+        "paired-as-if-independent",
+        """
+def paired_interval(first, second, z=1.96):
+    p, q = first.double().mean().item(), second.double().mean().item()
+    half_width = z * math.sqrt((p * (1 - p) + q * (1 - q)) / len(first))
+    return p - q - half_width, p - q + half_width
+""",
+    ),
+    "search.expected_best": (
+        "best-of-everything",
+        """
+def expected_best(values, k):
+    return max(values)
+""",
+    ),
+    "search.audit_table": (
+        "audit-rounding-forgotten",
+        """
+def audit_table(values, n_images, batch_size, decimals=6):
+    n_full, n_rest = divmod(n_images, batch_size)
+    of_means = (n_full + 1) * math.lcm(batch_size, n_rest) if n_rest else n_images
+
+    def all_fit(d):
+        return all(abs(value * d - round(value * d)) < 1e-6 for value in values)
+
+    return {
+        "images": all_fit(n_images),
+        "batch means": all_fit(of_means),
+        "last batch dropped": all_fit(n_full * batch_size),
+    }
+""",
+    ),
+    "search.grade_this": (
+        "test-of-the-report-only",
+        """
+def examine(protocol):
+    results = [
+        {"validation": [0.93, 0.96, 0.95], "test": [0.94, 0.90, 0.92]},
+        {"validation": [0.94, 0.93, 0.95], "test": [0.95, 0.96, 0.94]},
+        {"validation": [0.90, 0.98, 0.91], "test": [0.91, 0.92, 0.93]},
+        {"validation": [0.95, 0.92, 0.90], "test": [0.93, 0.95, 0.93]},
+    ]
+    chosen, reported = protocol(results)
+    return abs(float(reported) - sum(results[int(chosen)]["test"]) / 3) < 1e-6
+""",
+    ),
+    "search.read_a_study": (
+        "hp-space-key-mismatch",
+        """
+answers = {
+    "networks": 10,
+    "trials by the sampler": 0,
+    "denominator": 10_016,
+    "standard errors": 1.7,
+    "updates": 1_880,
+    "parameters": 333_450,
+}
+""",
+    ),
 }
 
 # Right for two classes that both occur, and for any number of them: the corner cases are missing.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dianlib.checks import tasks
 from dianlib.checks.judging import Bench, judge
+from dianlib.checks.registry import CHAPTERS, REFERENCES, TOOLS
 from dianlib.checks.running import Outcome, run_all
 from dianlib.checks.task import Candidate, Task
 from dianlib.grading import session as trusted
@@ -37,10 +38,9 @@ class OpenSandbox(Sandbox):
 
 @pytest.fixture(scope="module")
 def sandbox() -> Iterator[Sandbox]:
-    chapters = ("metrics", "mlp")
-    names = ("data", "plotting", "metrics", "mlp", "training")
-    checks = ("kinds", "task", "registry", *chapters)
-    made = OpenSandbox([*(f"dianlib.{n}" for n in names), *(f"dianlib.checks.{n}" for n in checks)])
+    modules = {*TOOLS, *(module for slug in CHAPTERS for module in REFERENCES[slug])}
+    checks = ("kinds", "task", "registry", *CHAPTERS)
+    made = OpenSandbox([*sorted(modules), *(f"dianlib.checks.{n}" for n in checks)])
     yield made
     made.close()
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, allclose
 
-from dianlib.checks.running import Foreign, Outcome, Parameters, Probe, run, run_all, usual_surroundings
+from dianlib.checks.running import Data, Foreign, Outcome, Parameters, Probe, run, run_all, usual_surroundings
 from dianlib.checks.task import Candidate, Fault, Task
 
 RELATIVE, ABSOLUTE = 1e-4, 1e-5
@@ -394,6 +394,9 @@ def _show(value: Any) -> str:
     if isinstance(value, Parameters):
         pairs = zip(value.values, value.gradients, strict=True)
         return "; ".join(f"{_show(v)} with gradient {None if g is None else _show(g)}" for v, g in pairs)
+    if isinstance(value, Data):
+        text = repr(value.value)
+        return text if len(text) <= 400 else ""
     if isinstance(value, Tensor):
         if value.numel() > 30:
             return f"a tensor of shape {tuple(value.shape)}"

@@ -6,6 +6,7 @@ and no score, so that it can stand alone in a sandbox while the judge stays outs
 
 import contextlib
 import contextvars
+import copy
 import ctypes
 import functools
 import io
@@ -84,6 +85,24 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Data:
+    """Plain Python values: numbers and strings in lists and dictionaries. A candidate gets a copy."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial of a search, which is asked for settings as in Optuna and notes what it was asked.
+
+    ``draws`` says for the name of a setting where in its range the answer lies, from 0 to 1; in the middle
+    for a name that is not there.
+    """
+
+    draws: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Probe:
     """One question to a candidate.
 
@@ -130,6 +149,57 @@ class TimeLimit(BaseException):
     """Raised inside a candidate that runs too long. No ``except Exception`` catches it."""
 
 
+class AskedTrial:
+    """Answers the three questions of an Optuna trial from given draws, without Optuna."""
+
+    def __init__(self, draws: Mapping[str, float]) -> None:
+        self._draws = draws
+        self._asked: dict[str, dict[str, Any]] = {}
+        self.params: dict[str, Any] = {}
+
+    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
+        """Return a whole number from low to high, both included."""
+        n_steps = (high - low) // step + 1
+        drawn = self._draw(name)
+        value = int(low * ((high + 1) / low) ** drawn) if log else low + step * int(drawn * n_steps)
+        return int(self._note(name, value, {"lowest": low, "highest": high, "step": step, "log scale": log}))
+
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float:
+        """Return a number from low to high."""
+        drawn = self._draw(name)
+        value = low * (high / low) ** drawn if log else low + drawn * (high - low)
+        if step is not None:
+            value = low + step * ((value - low) // step)
+        question = {"lowest": float(low), "highest": float(high), "log scale": log, "step": step or 0.0}
+        return float(self._note(name, value, question))
+
+    def suggest_categorical(self, name: str, choices: Any) -> Any:
+        """Return one of the choices."""
+        listed = list(choices)
+        question = {f"choice {number}": choice for number, choice in enumerate(listed)}
+        return self._note(name, listed[int(self._draw(name) * len(listed))], question)
+
+    def _draw(self, name: str) -> float:
+        return min(max(self._draws.get(name, 0.5), 0.0), 0.999999)
+
+    def _note(self, name: str, value: Any, question: dict[str, Any]) -> Any:
+        """Remember the first answer to a name, and refuse the same name with another question, as Optuna does."""
+        if self._asked.setdefault(name, question) != question:
+            raise ValueError(f"the trial was asked for {name!r} twice, with two different ranges")
+        return self.params.setdefault(name, value)
+
+    def asked(self) -> dict[str, Any]:
+        """Write down the questions, as numbers with a name each."""
+        found: dict[str, Any] = {"number of settings asked for": len(self._asked)}
+        for name, question in self._asked.items():
+            for key, value in question.items():
+                plain_value = isinstance(value, bool | int | float)
+                found[f"{key} of {name!r}"] = value if plain_value else Foreign(str(value))
+        return found
+
+
 # ----- objects from data, and data from objects -----------------------------------------------------
 
 
@@ -161,6 +231,10 @@ def make(spec: Any, made: Mapping[str, Any] = MappingProxyType({})) -> Any:
             for parameter, gradient in zip(parameters, spec.gradients, strict=True):
                 parameter.grad = None if gradient is None else gradient.clone()
             return parameters
+        case Data():
+            return copy.deepcopy(spec.value)
+        case Trial():
+            return AskedTrial(spec.draws)
         case Source():
             namespace: dict[str, Any] = {"torch": torch, "Tensor": Tensor}
             exec(spec.text, namespace)
@@ -210,6 +284,8 @@ def _after(name: str, made: Any) -> dict[str, Any]:
     """Write down the state in which a call left an object that it may change."""
     if isinstance(made, nn.Module):
         return {f"{name}.{key} afterwards": value.detach().clone() for key, value in made.named_parameters()}
+    if isinstance(made, AskedTrial):
+        return made.asked()
     if isinstance(made, list) and made and isinstance(made[0], nn.Parameter):
         return {f"{name}[{index}] afterwards": value.detach().clone() for index, value in enumerate(made)}
     return {}

@@ -89,7 +89,7 @@ def _filled(right: Any, fill: Any) -> Any:
             return _Filled(right, fill)
         case dict():
             return {key: _filled(value, fill) for key, value in right.items()}
-        case tuple():
+        case tuple() | list():
             return tuple(_filled(value, fill) for value in right)
         case bool() | int() | float():
             return float(fill(torch.tensor(float(right))))

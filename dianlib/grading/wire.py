@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dianlib.checks.running import (
     Batches,
+    Data,
     Foreign,
     Loss,
     Momentum,
@@ -26,6 +27,7 @@ from dianlib.checks.running import (
     Outcome,
     Parameters,
     Probe,
+    Trial,
 )
 
 MAX_HEADER = 8 << 20
@@ -66,7 +68,8 @@ class Sealed:
 
 # What a probe may be made of. A new kind of specification in dianlib.checks.running is added here.
 SPECIFICATIONS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (Batches, Foreign, Loss, Momentum, Net, Parameters, Probe, Sealed)
+    kind.__name__: kind
+    for kind in (Batches, Data, Foreign, Loss, Momentum, Net, Parameters, Probe, Sealed, Trial)
 }
 
 Buffers = list[bytes]
