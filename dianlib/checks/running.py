@@ -69,10 +69,23 @@ class Loss:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Trainable tensors with given gradients (None: no gradient yet), handed over as a generator."""
+    """Trainable tensors with given gradients (None: no gradient yet), handed over as a generator.
+
+    With ``watch_gradients`` the gradients are looked at afterwards, as the values are.
+    """
 
     values: tuple[Tensor, ...]
     gradients: tuple[Tensor | None, ...]
+    watch_gradients: bool = False
+
+
+@dataclass(frozen=True)
+class Recurrent:
+    """A function that reads sequences (B, T, F) with a tanh cell, from zeros, and returns the last state (B, H)."""
+
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias: Tensor
 
 
 @dataclass(frozen=True)
@@ -161,6 +174,15 @@ def make(spec: Any, made: Mapping[str, Any] = MappingProxyType({})) -> Any:
             for parameter, gradient in zip(parameters, spec.gradients, strict=True):
                 parameter.grad = None if gradient is None else gradient.clone()
             return parameters
+        case Recurrent():
+
+            def last_state(xs: Tensor) -> Tensor:
+                h = xs.new_zeros(len(xs), len(spec.bias))
+                for x in xs.unbind(1):
+                    h = torch.tanh(x @ spec.weight_ih.T + h @ spec.weight_hh.T + spec.bias)
+                return h
+
+            return last_state
         case Source():
             namespace: dict[str, Any] = {"torch": torch, "Tensor": Tensor}
             exec(spec.text, namespace)
@@ -206,12 +228,17 @@ def _is_plain(tensor: Tensor) -> bool:
     return not unusual and tensor.numel() <= 1_000_000
 
 
-def _after(name: str, made: Any) -> dict[str, Any]:
+def _after(name: str, made: Any, spec: Any) -> dict[str, Any]:
     """Write down the state in which a call left an object that it may change."""
     if isinstance(made, nn.Module):
         return {f"{name}.{key} afterwards": value.detach().clone() for key, value in made.named_parameters()}
-    if isinstance(made, list) and made and isinstance(made[0], nn.Parameter):
-        return {f"{name}[{index}] afterwards": value.detach().clone() for index, value in enumerate(made)}
+    if isinstance(spec, Parameters):
+        found = {f"{name}[{index}] afterwards": value.detach().clone() for index, value in enumerate(made)}
+        if spec.watch_gradients:
+            for index, value in enumerate(made):
+                if value.grad is not None:
+                    found[f"{name}[{index}].grad afterwards"] = value.grad.detach().clone()
+        return found
     return {}
 
 
@@ -492,7 +519,7 @@ def _call(
         name for name, value in before.items() if not torch.equal(value, made[name].detach())
     )
     for name, value in made.items():
-        outcome.values |= _after(name, value)
+        outcome.values |= _after(name, value, probe.args[name])
     if probe.gradients:
         _differentiate(call, result, probe, made, outcome)
 

@@ -26,6 +26,7 @@ from dianlib.checks.running import (
     Outcome,
     Parameters,
     Probe,
+    Recurrent,
 )
 
 MAX_HEADER = 8 << 20
@@ -66,7 +67,8 @@ class Sealed:
 
 # What a probe may be made of. A new kind of specification in dianlib.checks.running is added here.
 SPECIFICATIONS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (Batches, Foreign, Loss, Momentum, Net, Parameters, Probe, Sealed)
+    kind.__name__: kind
+    for kind in (Batches, Foreign, Loss, Momentum, Net, Parameters, Probe, Recurrent, Sealed)
 }
 
 Buffers = list[bytes]
