@@ -1869,7 +1869,7 @@ _CLAIMS = {
     "parameters": 28 * 128 + 128 * 128 + 128 + 128 + 128 * 10 + 10,
     "answers given": 2,
     "reach": 0.8**27,
-    "clip factor": 5 / 2000,
+    "clip factor": 5 / 40,
     "rate divided by": 2**10 * 3**10,
 }
 
@@ -1891,7 +1891,7 @@ READ_CLAIMS = Task(
             "parameters": "the number of parameters of a true recurrent network over 28 rows",
             "answers given": "the smallest number of different answers that can give 19 % on a balanced test set of ten classes",
             "reach": "the gradient at the first of 28 rows, relative to the last, when each step multiplies it by 0.8",
-            "clip factor": "the factor by which clipping to 5 multiplies a gradient of norm 2,000",
+            "clip factor": "the factor by which clipping to 5 multiplies a gradient of norm 40",
             "rate divided by": "by how much the learning rate has been divided after the epochs 0 to 29",
         }
     ),
@@ -1955,7 +1955,7 @@ READ_CLAIMS = Task(
         ),
         _known_answer(
             "clip factor",
-            2000 / 5,
+            40 / 5,
             fault_id="clip-wrong-factor",
             does="You divided the norm by the bound: this factor would make the gradient longer.",
             todo="The factor is the bound divided by the norm.",
