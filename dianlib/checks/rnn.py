@@ -990,6 +990,12 @@ def _clip_twin(
     }[returned]
 
 
+def _weights_moved(probe: Probe, got: Outcome, wanted: Outcome) -> str:
+    """Say that the parameters themselves were changed, where only their gradients may be."""
+    moved = [name for name, value in got.values.items() if name.endswith(" was changed") and value is True]
+    return f"{moved[0]}: only its gradient may change." if moved else ""
+
+
 def _clip_going_through_twice(parameters: Iterable[Tensor], max_norm: float) -> float:
     total = 0.0
     for parameter in parameters:
@@ -1030,6 +1036,7 @@ CLIP_TASK = Task(
     forbidden=frozenset(
         {"clip_grad_norm", "clip_grad_value", "clip_grads_with_norm", "get_total_norm", "renorm"}
     ),
+    properties=[_weights_moved],
     variants=[_clip_as_torch, _clip_with_new_gradients],
     hints=(
         "All gradients together are one long arrow. How long is it, and what may clipping not change about it?",

@@ -71,7 +71,7 @@ class Loss:
 class Parameters:
     """Trainable tensors with given gradients (None: no gradient yet), handed over as a generator.
 
-    With ``watch_gradients`` the gradients are looked at afterwards, as the values are.
+    With ``watch_gradients`` it is the gradients that a call may change; the values should stay.
     """
 
     values: tuple[Tensor, ...]
@@ -232,14 +232,16 @@ def _after(name: str, made: Any, spec: Any) -> dict[str, Any]:
     """Write down the state in which a call left an object that it may change."""
     if isinstance(made, nn.Module):
         return {f"{name}.{key} afterwards": value.detach().clone() for key, value in made.named_parameters()}
-    if isinstance(spec, Parameters):
-        found = {f"{name}[{index}] afterwards": value.detach().clone() for index, value in enumerate(made)}
-        if spec.watch_gradients:
-            for index, value in enumerate(made):
-                if value.grad is not None:
-                    found[f"{name}[{index}].grad afterwards"] = value.grad.detach().clone()
-        return found
-    return {}
+    if not isinstance(spec, Parameters):
+        return {}
+    if not spec.watch_gradients:
+        return {f"{name}[{index}] afterwards": value.detach().clone() for index, value in enumerate(made)}
+    found: dict[str, Any] = {}
+    for index, (value, before) in enumerate(zip(made, spec.values, strict=True)):
+        found[f"{name}[{index}] was changed"] = not torch.equal(value.detach(), before)
+        if value.grad is not None:
+            found[f"{name}[{index}].grad afterwards"] = value.grad.detach().clone()
+    return found
 
 
 def _load_by_shape(module: nn.Module, state: tuple[Tensor, ...]) -> None:
