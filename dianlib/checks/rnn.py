@@ -238,7 +238,7 @@ CELL_TASK = Task(
         *_wrong_activation("bend"),
         Fault(
             "rnn-tanh-misplaced",
-            "tanh does not act once on the whole sum: it acts on the parts before they are added, or twice.",
+            "The bend does not act once on the whole sum: tanh is applied to the parts before they are added, or twice.",
             "Add everything first, then apply tanh once.",
             CELL,
             settings=[{"place": "input only"}, {"place": "each part"}, {"place": "twice"}],
@@ -464,7 +464,7 @@ UNROLL_TASK = Task(
         ),
         Fault(
             "rnn-view-instead-of-transpose",
-            "view or reshape cuts the memory anew, and the numbers of different samples are mixed; it does not swap axes.",
+            "A view or reshape cuts the memory anew, and the numbers of different samples are mixed; it does not swap axes.",
             "Use transpose(0, 1) to bring time to the front, or take xs[:, t] and stack along axis 1.",
             WRONG,
             settings=[{"layout": "input viewed"}, {"layout": "output viewed"}],
@@ -717,7 +717,7 @@ BPTT_TASK = Task(
         ),
         Fault(
             "bptt-loss-at-every-step",
-            "grad_last enters at every step. The loss looks at the last state only.",
+            "You add grad_last at every step. The loss looks at the last state only.",
             "Start with grad_last, and from then on use what comes back through weight_hh.",
             BPTT,
             settings=[{"loss": "every state"}, {"loss": "last state again in each step"}],
@@ -1576,7 +1576,7 @@ CLASSIFIER_TASK = Task(
         ),
         Fault(
             "rnn-view-instead-of-transpose",
-            "view or reshape cuts the memory anew: the rows of different samples are mixed.",
+            "A view or reshape cuts the memory anew: the rows of different samples are mixed.",
             "Use transpose(0, 1), or take xs[:, t].",
             WRONG,
             settings=[{"handed_on": "viewed"}],
@@ -1642,7 +1642,7 @@ CLASSIFIER_TASK = Task(
         ),
         Fault(
             "rnn-output-bent",
-            "tanh or ReLU is applied to the logits.",
+            "The logits are bent by tanh or ReLU.",
             "Return the output layer's numbers as they are.",
             MODULE,
             settings=[{"output": "tanh"}, {"output": "relu"}],
