@@ -14,6 +14,7 @@ import yaml
 from assignment import BEGIN, END, ROOT, answer_cells, define, items, mark, read, visible_and_hidden
 
 from dianlib import metrics, mlp, search
+from dianlib import metrics, mlp, rnn
 from dianlib.checks import grade, tasks
 from dianlib.checks.registry import CHAPTERS
 from dianlib.checks.running import make
@@ -231,6 +232,45 @@ def test_the_examples_of_the_search_statements_are_right() -> None:
     assert math.lcm(72, 1_000 % 72) == 576
     assert said("audit_table", "576")
     assert said("grade_this", f"reports {(0.93 + 0.94 + 0.94) / 3:.4f}")
+def test_the_examples_of_the_rnn_statements_are_right() -> None:
+    def said(task: str, *numbers: str) -> bool:
+        statement = item_of("exercises", "rnn", f"rnn.{task}").statement
+        return all(number in statement for number in numbers)
+
+    def close(values: torch.Tensor, wanted: list[Any]) -> bool:
+        return torch.allclose(values, torch.tensor(wanted), atol=5e-5)
+
+    swap = torch.tensor([[0.0, 1], [1, 0]])
+    weights = torch.tensor([[1.0], [0]]), swap, torch.zeros(2), torch.zeros(2)
+    xs, h0 = torch.tensor([[[1.0], [0]]]), torch.tensor([[0.5, 0]])
+    assert close(rnn.rnn_cell(xs[:, 0], h0, *weights), [[0.7616, 0.4621]])
+    assert said("rnn_cell", "`[[0.7616, 0.4621]]`")
+    assert close(rnn.unroll(xs, h0, *weights), [[[0.7616, 0.4621], [0.4318, 0.6420]]])
+    assert said("unroll", "`[[[0.7616, 0.4621], [0.4318, 0.6420]]]`")
+    from_zero = rnn.unroll(xs, torch.zeros(1, 2), *weights)
+    assert close(from_zero, [[[0.7616, 0], [0, 0.6420]]])
+    assert said("grade_this", "(0.7616, 0) and (0, 0.6420)", "`[[0, 0.6420]]`")
+
+    one, half, zero = torch.ones(1, 1), torch.full((1, 1), 0.5), torch.zeros(1)
+    inputs = torch.tensor([[[1.0], [0], [-1]]])
+    found = rnn.bptt_gradient(inputs, torch.zeros(1, 1), one, half, zero, zero, one)
+    assert close(torch.cat([part.flatten() for part in found]), [-0.4958, 0.3785, 0.8320])
+    assert said("bptt_gradient", "-0.4958, 0.3785 and 0.8320")
+    weighted = rnn.gradient_by_distance(lambda x: x[:, 2] + 0.5 * x[:, 1] + 0.25 * x[:, 0], inputs)
+    assert weighted.tolist() == [1, 0.5, 0.25]
+    assert said("gradient_by_distance", "`[1, 0.5, 0.25]`")
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    for parameter, gradient in zip(parameters, (30.0, 40.0), strict=True):
+        parameter.grad = torch.tensor([gradient])
+    assert rnn.clip_grad_norm(parameters, 5) == 50
+    assert [parameter.grad for parameter in parameters] == [torch.tensor([3.0]), torch.tensor([4.0])]
+    assert said("clip_grad_norm", "become `[3]` and `[4]`, and 50 is returned")
+    assert close(rnn.orthogonal(torch.tensor([[3.0, 5], [4, 0]])), [[0.6, 0.8], [0.8, -0.6]])
+    assert said("orthogonal", "`[[0.6, 0.8], [0.8, -0.6]]`")
+    assert sum(parameter.numel() for parameter in rnn.RNNClassifier(28, 128, 10).parameters()) == 21514
+    assert said("RNNClassifier", "= 21,514 parameters")
+    assert (92 - 64) * 28 == 784
+    assert said("read_claims", "(64, 92)", "28 steps for one image of 784 pixels")
 
 
 # ----- the solutions -------------------------------------------------------------------------------------
@@ -347,6 +387,7 @@ def test_the_trial_on_real_digits_works_and_waits_politely(slug: str) -> None:
         "metrics": r"accuracy 0\.8[89]\d, .*f1 0\.8[89]",
         "mlp": r"(3[789]\d) of 397 scans right",
         "search": r"best validation accuracy 0\.9\d\d; the chosen network reads 0\.9\d\d of the test",
+        "rnn": r"(3[6789]\d) of 397 scans right",
     }[slug]
     assert re.search(wanted, printed["solutions"]), printed["solutions"]
     # A half-finished function gets a sentence, too.
@@ -354,6 +395,7 @@ def test_the_trial_on_real_digits_works_and_waits_politely(slug: str) -> None:
         "metrics": {"evaluate": lambda *_args, **_names: None},
         "mlp": {"MLP": lambda _sizes: None},
         "search": {"search_space": lambda trial: trial.ask_me_anything()},
+        "rnn": {"RNNClassifier": lambda *_sizes: None},
     }
     out = io.StringIO()
     with contextlib.redirect_stdout(out):

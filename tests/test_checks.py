@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dianlib import metrics, mlp, search, training
+from dianlib import metrics, mlp, rnn, training
 from dianlib.checks import check, grade, hint, tasks
 from dianlib.checks.judging import Bench, anchor, judge
 from dianlib.checks.running import Probe, run_all
@@ -120,6 +121,35 @@ def macro_f1_by_scikit_learn(confusion: Tensor) -> float:
     return float(f1_score(truth, guess, labels=range(len(confusion)), average="macro", zero_division=0))
 
 
+def cell_by_torch(x: Tensor, h: Tensor, *weights: Tensor) -> Any:
+    cell = nn.RNNCell(x.shape[1], h.shape[1])
+    return torch.func.functional_call(cell, dict(zip(cell.state_dict(), weights, strict=True)), (x, h))
+
+
+def unroll_by_torch(xs: Tensor, h0: Tensor, *weights: Tensor) -> Any:
+    layer = nn.RNN(xs.shape[2], h0.shape[1], batch_first=True)
+    values = dict(zip(layer.state_dict(), weights, strict=True))
+    return torch.func.functional_call(layer, values, (xs, h0.unsqueeze(0)))[0]
+
+
+def bptt_by_autograd(xs: Tensor, h0: Tensor, *rest: Tensor) -> Any:
+    *weights, grad_last = (tensor.clone().requires_grad_(True) for tensor in rest)
+    h = h0
+    for x in xs.unbind(1):
+        h = torch.tanh(x @ weights[0].T + weights[2] + h @ weights[1].T + weights[3])
+    return torch.autograd.grad((h * grad_last.detach()).sum(), weights[:3])
+
+
+class ClassifierByTorch(nn.Module):
+    def __init__(self, input_size: int, hidden_size: int, n_classes: int) -> None:
+        super().__init__()
+        self.rnn = nn.RNN(input_size, hidden_size, batch_first=True)
+        self.output = nn.Linear(hidden_size, n_classes)
+
+    def forward(self, xs: Tensor) -> Any:
+        return self.output(self.rnn(xs)[0][:, -1])
+
+
 SHORTCUTS: list[tuple[str, Any]] = [
     ("metrics.confusion_matrix", metrics.confusion_matrix),
     ("metrics.accuracy", metrics.accuracy),
@@ -157,6 +187,19 @@ SHORTCUTS: list[tuple[str, Any]] = [
     ("search.paired_interval", search.paired_interval),
     ("search.expected_best", search.expected_best),
     ("search.audit_table", search.audit_table),
+    ("rnn.rnn_cell", rnn.rnn_cell),
+    ("rnn.rnn_cell", torch.rnn_tanh_cell),
+    ("rnn.rnn_cell", cell_by_torch),
+    ("rnn.unroll", rnn.unroll),
+    ("rnn.unroll", unroll_by_torch),
+    ("rnn.bptt_gradient", rnn.bptt_gradient),
+    ("rnn.bptt_gradient", bptt_by_autograd),
+    ("rnn.gradient_by_distance", rnn.gradient_by_distance),
+    ("rnn.clip_grad_norm", rnn.clip_grad_norm),
+    ("rnn.clip_grad_norm", torch.nn.utils.clip_grad_norm_),
+    ("rnn.orthogonal", rnn.orthogonal),
+    ("rnn.RNNClassifier", rnn.RNNClassifier),
+    ("rnn.RNNClassifier", ClassifierByTorch),
 ]
 
 

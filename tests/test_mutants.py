@@ -89,6 +89,25 @@ EQUIVALENT = {
         ),
         'answers["parameters"] = sum(a * b ^ b for a, b in pairwise(sizes_with_five_hidden_layers))': (
             "the two numbers share no binary digit, so `exclusive or` adds them"
+    "rnn.clip_grad_norm": {
+        "if norm >= max_norm:": "at the bound itself the factor is 1",
+    },
+    "rnn.RNNClassifier": {
+        "h = torch.zeros_like(inputs[:, -1])": "every step has the same shape",
+    },
+    "rnn.grade_this": {
+        "xs = torch.stack([square, square.T, +square])": "two different samples are enough",
+        "xs = torch.stack([square, square.T, square])": "two different samples are enough",
+        "torch.manual_seed(1)": "any random numbers serve",
+        "torch.manual_seed(-1)": "any random numbers serve",
+        "pass  # torch.manual_seed(0)": "any random numbers serve",
+        "bias = square[1]": "any bias that is not 0 serves",
+        "bias = square[-1]": "any bias that is not 0 serves",
+    },
+    "rnn.read_claims": {
+        'answers["time steps"] = n_pixels / (layer_input - n_hidden)': "the division leaves no rest",
+        'answers["time steps"] = n_pixels // (layer_input ^ n_hidden)': (
+            "128 is one binary digit of 912, so `exclusive or` takes it away"
         ),
     },
 }

@@ -9,12 +9,14 @@ from dianlib.checks.task import Task
 
 # The chapters that have an assignment. A new chapter adds its slug here.
 CHAPTERS = ("metrics", "mlp", "search")
+CHAPTERS = ("metrics", "mlp", "rnn")
 
 # The modules that hold the answers of a chapter. Students may import them in the chapters after it.
 REFERENCES = {
     "metrics": ("dianlib.metrics",),
     "mlp": ("dianlib.mlp", "dianlib.training"),
     "search": ("dianlib.search",),
+    "rnn": ("dianlib.rnn",),
 }
 TOOLS = ("dianlib.data", "dianlib.plotting")
 

@@ -70,10 +70,23 @@ class Loss:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Trainable tensors with given gradients (None: no gradient yet), handed over as a generator."""
+    """Trainable tensors with given gradients (None: no gradient yet), handed over as a generator.
+
+    With ``watch_gradients`` it is the gradients that a call may change; the values should stay.
+    """
 
     values: tuple[Tensor, ...]
     gradients: tuple[Tensor | None, ...]
+    watch_gradients: bool = False
+
+
+@dataclass(frozen=True)
+class Recurrent:
+    """A function that reads sequences (B, T, F) with a tanh cell, from zeros, and returns the last state (B, H)."""
+
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias: Tensor
 
 
 @dataclass(frozen=True)
@@ -235,6 +248,15 @@ def make(spec: Any, made: Mapping[str, Any] = MappingProxyType({})) -> Any:
             return copy.deepcopy(spec.value)
         case Trial():
             return AskedTrial(spec.draws)
+        case Recurrent():
+
+            def last_state(xs: Tensor) -> Tensor:
+                h = xs.new_zeros(len(xs), len(spec.bias))
+                for x in xs.unbind(1):
+                    h = torch.tanh(x @ spec.weight_ih.T + h @ spec.weight_hh.T + spec.bias)
+                return h
+
+            return last_state
         case Source():
             namespace: dict[str, Any] = {"torch": torch, "Tensor": Tensor}
             exec(spec.text, namespace)
@@ -280,15 +302,22 @@ def _is_plain(tensor: Tensor) -> bool:
     return not unusual and tensor.numel() <= 1_000_000
 
 
-def _after(name: str, made: Any) -> dict[str, Any]:
+def _after(name: str, made: Any, spec: Any) -> dict[str, Any]:
     """Write down the state in which a call left an object that it may change."""
     if isinstance(made, nn.Module):
         return {f"{name}.{key} afterwards": value.detach().clone() for key, value in made.named_parameters()}
     if isinstance(made, AskedTrial):
         return made.asked()
-    if isinstance(made, list) and made and isinstance(made[0], nn.Parameter):
+    if not isinstance(spec, Parameters):
+        return {}
+    if not spec.watch_gradients:
         return {f"{name}[{index}] afterwards": value.detach().clone() for index, value in enumerate(made)}
-    return {}
+    found: dict[str, Any] = {}
+    for index, (value, before) in enumerate(zip(made, spec.values, strict=True)):
+        found[f"{name}[{index}] was changed"] = not torch.equal(value.detach(), before)
+        if value.grad is not None:
+            found[f"{name}[{index}].grad afterwards"] = value.grad.detach().clone()
+    return found
 
 
 def _load_by_shape(module: nn.Module, state: tuple[Tensor, ...]) -> None:
@@ -568,7 +597,7 @@ def _call(
         name for name, value in before.items() if not torch.equal(value, made[name].detach())
     )
     for name, value in made.items():
-        outcome.values |= _after(name, value)
+        outcome.values |= _after(name, value, probe.args[name])
     if probe.gradients:
         _differentiate(call, result, probe, made, outcome)
 

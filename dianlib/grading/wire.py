@@ -28,6 +28,7 @@ from dianlib.checks.running import (
     Parameters,
     Probe,
     Trial,
+    Recurrent,
 )
 
 MAX_HEADER = 8 << 20
@@ -70,6 +71,7 @@ class Sealed:
 SPECIFICATIONS: dict[str, type[Any]] = {
     kind.__name__: kind
     for kind in (Batches, Data, Foreign, Loss, Momentum, Net, Parameters, Probe, Sealed, Trial)
+    for kind in (Batches, Foreign, Loss, Momentum, Net, Parameters, Probe, Recurrent, Sealed)
 }
 
 Buffers = list[bytes]

@@ -16,6 +16,7 @@ from dianlib.data import DataError
 EXPERIMENTS = {
     "mlp": "93.9 % after a hundred epochs, and why",
     "search": "six depths, ten trials, one test set: what holds, measured again",
+    "rnn": "recurrent networks on Fashion-MNIST, and a collapse",
 }
 
 
