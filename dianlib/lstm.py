@@ -4,6 +4,8 @@ Letters: B sequences in a batch, T steps, F numbers a step, H the hidden size, C
 are stored as in torch.nn: a matrix holds one block of H rows for each gate, and there are two biases.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -127,21 +129,33 @@ class LSTMClassifier(nn.Module):
         return logits
 
 
-@torch.no_grad()
 def open_forget_gates(model: nn.Module, value: float) -> None:
     """Set the forget gates' bias of every layer to ``value``, in place: an LSTM of torch, or ours.
 
     The gate sees the sum of two biases, so one gets the value and the other 0. Raises ValueError
     for a module without the biases of an LSTM.
     """
-    names = [name for name, _ in model.named_parameters() if "bias_ih" in name or "bias_hh" in name]
-    sizes = {name: len(parameter) for name, parameter in model.named_parameters() if name in names}
-    if not names or any(size != 4 * getattr(model, "hidden_size", 0) for size in sizes.values()):
+    _set_gate_bias(model, 1, value)
+
+
+def remember_for(model: nn.Module, steps: float) -> None:
+    """Let an LSTM of torch, or ours, start with a memory of about ``steps`` steps, in place.
+
+    The forget gates' bias becomes log(steps), so that a share of 1/e is left after about ``steps`` steps, and
+    the input gates' -log(steps), so that little is written at first (after Tallec and Ollivier 2018,
+    who draw a different number of steps for each unit). Raises ValueError as `open_forget_gates` does.
+    """
+    _set_gate_bias(model, 1, math.log(steps))
+    _set_gate_bias(model, 0, -math.log(steps))
+
+
+@torch.no_grad()
+def _set_gate_bias(model: nn.Module, block: int, value: float) -> None:
+    biases = {name: p for name, p in model.named_parameters() if name.startswith(("bias_ih", "bias_hh"))}
+    if not biases or any(len(bias) != 4 * getattr(model, "hidden_size", 0) for bias in biases.values()):
         raise ValueError("this module has no forget gates; give a torch.nn.LSTM or a dianlib.lstm.LSTM.")
-    for name, bias in model.named_parameters():
-        if name in names:
-            _, forget, _, _ = bias.chunk(4)
-            forget.fill_(value if "bias_ih" in name else 0.0)
+    for name, bias in biases.items():
+        bias.chunk(4)[block].fill_(value if name.startswith("bias_ih") else 0.0)
 
 
 @torch.no_grad()

@@ -165,6 +165,14 @@ def test_open_forget_gates_changes_the_forget_gates_only(options: dict[str, Any]
             assert torch.equal(parameter, before[name])
 
 
+def test_remember_for_leaves_a_share_of_one_e_th() -> None:
+    model = nn.LSTM(F, H)
+    lstm.remember_for(model, 200)
+    total = (model.bias_ih_l0 + model.bias_hh_l0).double()
+    assert float(total[H : 2 * H].sigmoid().prod() ** (200 / H)) == pytest.approx(math.exp(-1), rel=0.01)
+    torch.testing.assert_close(total[:H].sigmoid(), torch.full((H,), 1 / 201).double(), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("model", [nn.GRU(F, H), nn.Linear(F, H), nn.Sequential()])
 def test_open_forget_gates_refuses_what_has_none(model: nn.Module) -> None:
     with pytest.raises(ValueError, match="no forget gates"):

@@ -20,12 +20,14 @@ from torch import Tensor
 from dianlib.checks.running import (
     Batches,
     Foreign,
+    Layer,
     Loss,
     Momentum,
     Net,
     Outcome,
     Parameters,
     Probe,
+    Tensors,
 )
 
 MAX_HEADER = 8 << 20
@@ -66,7 +68,8 @@ class Sealed:
 
 # What a probe may be made of. A new kind of specification in dianlib.checks.running is added here.
 SPECIFICATIONS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (Batches, Foreign, Loss, Momentum, Net, Parameters, Probe, Sealed)
+    kind.__name__: kind
+    for kind in (Batches, Foreign, Layer, Loss, Momentum, Net, Parameters, Probe, Sealed, Tensors)
 }
 
 Buffers = list[bytes]

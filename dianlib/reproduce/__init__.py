@@ -13,7 +13,10 @@ from pathlib import Path
 from dianlib.data import DataError
 
 # Each experiment is a module of this name with `add_options(parser)` and `run(options)`.
-EXPERIMENTS = {"mlp": "93.9 % after a hundred epochs, and why"}
+EXPERIMENTS = {
+    "mlp": "93.9 % after a hundred epochs, and why",
+    "recall": "how far recurrent networks remember: one symbol, 10 to 200 steps back",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
