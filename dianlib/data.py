@@ -264,7 +264,7 @@ def prepare_torchvision() -> torch.library.Library | None:
     return operators
 
 
-def recall(
+def recall_task(
     n_samples: int, distance: int, n_symbols: int = 8, *, generator: Generator | None = None
 ) -> tuple[Tensor, Tensor]:
     """Make sequences whose first symbol must be named after ``distance`` more steps.
@@ -278,7 +278,7 @@ def recall(
     if distance < 1 or n_symbols < 1:
         raise ValueError("distance and n_symbols must be at least 1.")
     symbols = torch.randint(n_symbols, (n_samples, distance + 1), generator=generator)
-    inputs = torch.zeros(n_samples, distance + 1, n_symbols + 1)
+    inputs = torch.zeros(n_samples, distance + 1, n_symbols + 1, dtype=torch.float32)
     inputs.scatter_(2, symbols.unsqueeze(2), 1.0)
     inputs[:, 0, n_symbols] = 1.0
     return inputs, symbols[:, 0]

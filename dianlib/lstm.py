@@ -162,20 +162,19 @@ def _set_gate_bias(model: nn.Module, block: int, value: float) -> None:
 def gates(
     xs: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor, bias_hh: Tensor
 ) -> dict[str, Tensor]:
-    """Read the gates of an LSTM at every step, from zero states: (B, T, F) -> three of (B, T, H).
+    """Read what the cell decides at every step, from zero states: (B, T, F) -> four of (B, T, H).
 
-    The keys are "input", "forget" and "output"; all values lie between 0 and 1. torch.nn.LSTM does not
-    return them.
+    The keys are "input", "forget" and "output" for the gates, between 0 and 1, and "candidate", between
+    -1 and 1. torch.nn.LSTM does not return them.
     """
-    hidden_size = weight_hh.shape[1]
-    h, c = (xs.new_zeros(len(xs), hidden_size) for _ in range(2))
+    h, c = (xs.new_zeros(len(xs), weight_hh.shape[1]) for _ in range(2))
     steps = []
     for x in xs.unbind(1):
         scores = linear(x, weight_ih, bias_ih) + linear(h, weight_hh, bias_hh)
-        steps.append(scores.sigmoid())
+        steps.append(scores)
         h, c = _remember(scores, c)
-    i, f, _, o = torch.stack(steps, dim=1).chunk(4, dim=-1)
-    return {"input": i, "forget": f, "output": o}
+    i, f, g, o = torch.stack(steps, dim=1).chunk(4, dim=-1)
+    return {"input": i.sigmoid(), "forget": f.sigmoid(), "candidate": g.tanh(), "output": o.sigmoid()}
 
 
 def to_torch_order(weight: Tensor, order: str) -> Tensor:

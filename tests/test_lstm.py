@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dianlib import lstm
-from dianlib.data import recall
+from dianlib.data import recall_task
 
 B, T, F, H, C = 3, 7, 5, 4, 6
 
@@ -133,16 +133,17 @@ def test_the_gates_explain_the_outputs_of_torch() -> None:
     torch.manual_seed(0)
     theirs = nn.LSTM(F, H, batch_first=True).double()
     x = randn(5, B, T, F).detach()
-    opened = lstm.gates(x, *theirs.parameters())
-    outputs, _ = theirs(x)
-    assert set(opened) == {"input", "forget", "output"}
-    for gate in opened.values():
-        assert gate.shape == (B, T, H)
-        assert ((gate > 0) & (gate < 1)).all()
-    # Of three of the four factors the fourth follows: tanh(c) = h / o, and |tanh| < 1.
-    cells = (outputs / opened["output"]).atanh()
-    candidates = (cells[:, 1:] - opened["forget"][:, 1:] * cells[:, :-1]) / opened["input"][:, 1:]
-    assert (candidates.abs() <= 1 + 1e-9).all()
+    found = lstm.gates(x, *theirs.parameters())
+    assert set(found) == {"input", "forget", "candidate", "output"}
+    for name, values in found.items():
+        assert values.shape == (B, T, H)
+        assert ((values > (-1 if name == "candidate" else 0)) & (values < 1)).all()
+    c, outputs = torch.zeros(B, H), []
+    for t in range(T):
+        i, f, g, o = (found[name][:, t] for name in ("input", "forget", "candidate", "output"))
+        c = f * c + i * g
+        outputs.append(o * c.tanh())
+    torch.testing.assert_close(torch.stack(outputs, dim=1), theirs(x)[0])
 
 
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"bidirectional": True}])
@@ -233,7 +234,7 @@ def test_another_kind_gets_a_sentence() -> None:
 
 
 def test_recall_asks_for_the_marked_first_symbol() -> None:
-    inputs, targets = recall(500, 12, n_symbols=5, generator=torch.Generator().manual_seed(0))
+    inputs, targets = recall_task(500, 12, n_symbols=5, generator=torch.Generator().manual_seed(0))
     assert inputs.shape == (500, 13, 6)
     assert (inputs[:, :, :5].sum(dim=2) == 1).all()
     assert inputs[:, 0, 5].eq(1).all()
@@ -242,8 +243,8 @@ def test_recall_asks_for_the_marked_first_symbol() -> None:
     # The other symbols say nothing about the first: each position agrees with it in one case of five.
     agreement = (inputs[:, 1:, :5].argmax(dim=2) == targets[:, None]).double().mean(dim=0)
     assert (agreement - 0.2).abs().max() < 5 * math.sqrt(0.2 * 0.8 / 500)
-    again = recall(500, 12, n_symbols=5, generator=torch.Generator().manual_seed(0))
+    again = recall_task(500, 12, n_symbols=5, generator=torch.Generator().manual_seed(0))
     assert torch.equal(again[0], inputs)
     for arguments in ((3, 0), (3, 4, 0)):
         with pytest.raises(ValueError, match="at least 1"):
-            recall(*arguments)
+            recall_task(*arguments)

@@ -1019,6 +1019,7 @@ def _gates_twin(
     *,
     order: str = "ifgo",
     squash: str = "sigmoid",
+    candidate: str = "tanh",
     bias: str = "both",
     shape: str = "batch first",
     state: str = "carried",
@@ -1037,13 +1038,13 @@ def _gates_twin(
         if when == "after the update":
             scores = x @ weight_ih.T + b_ih + h @ weight_hh.T + b_hh
         part = _parts(scores, order)
-        seen.append([_squash(squash, part[name]) for name in "ifo"])
+        seen.append([*(_squash(squash, part[name]) for name in "ifo"), _squash(candidate, part["g"])])
     stacked = [torch.stack(gate, dim=0 if shape == "time first" else 1) for gate in zip(*seen, strict=True)]
     if shape == "last step":
         stacked = [gate[:, -1] for gate in stacked]
     elif shape == "mean over steps":
         stacked = [gate.mean(1) for gate in stacked]
-    return dict(zip(("input", "forget", "output"), stacked, strict=True))
+    return dict(zip(("input", "forget", "output", "candidate"), stacked, strict=True))
 
 
 def _gates_by_index(xs: Any, weight_ih: Any, weight_hh: Any, bias_ih: Any, bias_hh: Any) -> Any:
@@ -1071,10 +1072,10 @@ GATES_TASK = Task(
     variants=[_gates_by_index],
     hints=(
         "A gate of step t depends on x_t and on one state. Which one, the h before the step or the h after it?",
-        "Run the cell over the steps from zeros and, before each update, write down sigmoid of the blocks i, f and o of "
-        "x_t W_ih^T + b_ih + h W_hh^T + b_hh.",
+        "Run the cell over the steps from zeros and, before each update, write down the sigmoid of the blocks i, f and o, and the tanh of "
+        "g, of x_t W_ih^T + b_ih + h W_hh^T + b_hh.",
         "h = c = zeros (B, H)\nfor each step x_t:\n    scores as in lstm_cell, cut into i, f, g, o\n"
-        "    keep sigmoid(i), sigmoid(f), sigmoid(o)\n    h, c = one step of the cell\nstack each list along axis 1",
+        "    keep sigmoid(i), sigmoid(f), sigmoid(o), tanh(g)\n    h, c = one step of the cell\nstack each list along axis 1",
     ),
     mistakes=[
         Fault(
@@ -1090,6 +1091,13 @@ GATES_TASK = Task(
             "Apply the sigmoid.",
             LOOK,
             settings=[{"squash": "none"}, {"squash": "tanh"}],
+        ),
+        Fault(
+            "lstm-candidate-not-tanh",
+            "The candidate does not pass through tanh; it is no gate, and may be negative.",
+            "Use tanh for the block g, and the sigmoid for the three gates.",
+            GATES,
+            settings=[{"candidate": "sigmoid"}, {"candidate": "none"}],
         ),
         Fault(
             "lstm-gates-after-update",

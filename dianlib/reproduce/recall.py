@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from dianlib.data import recall
+from dianlib.data import recall_task
 from dianlib.lstm import open_forget_gates, remember_for
 from dianlib.reproduce.tables import write_csv
 from dianlib.training import seed_everything
@@ -63,7 +63,7 @@ def measure(name: str, distance: int, seed: int, steps: int) -> Row:
     generator = torch.Generator().manual_seed(seed)
     flawless = step = 0
     while step < steps and flawless < SOLVED:
-        inputs, targets = recall(BATCH_SIZE, distance, N_SYMBOLS, generator=generator)
+        inputs, targets = recall_task(BATCH_SIZE, distance, N_SYMBOLS, generator=generator)
         logits = output(layer(inputs)[0][:, -1])
         optimizer.zero_grad()
         cross_entropy(logits, targets).backward()
@@ -72,7 +72,7 @@ def measure(name: str, distance: int, seed: int, steps: int) -> Row:
         flawless = flawless + 1 if bool((logits.argmax(dim=1) == targets).all()) else 0
         step += 1
     with torch.no_grad():
-        inputs, targets = recall(N_TEST, distance, N_SYMBOLS, generator=generator)
+        inputs, targets = recall_task(N_TEST, distance, N_SYMBOLS, generator=generator)
         hits = output(layer(inputs)[0][:, -1]).argmax(dim=1) == targets
     accuracy = hits.double().mean().item()
     return Row(name, distance, seed, step, round(accuracy, 4), round(time.process_time() - started, 1))
