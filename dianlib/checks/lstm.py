@@ -347,7 +347,7 @@ LSTM_CELL = Task(
         ),
         Fault(
             "lstm-recurrent-state-wrong",
-            "weight_hh does not multiply the old hidden state: it multiplies the cell state, or nothing.",
+            "The old hidden state is not what weight_hh multiplies: that is the cell state, or nothing.",
             "Add h @ weight_hh.T, with the old h.",
             STEP,
             settings=[{"recurrent": "c"}, {"recurrent": "none"}],

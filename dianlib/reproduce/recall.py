@@ -1,6 +1,7 @@
 """How far recurrent networks remember: the case of the chapter "Long short-term memory"."""
 
 import argparse
+import math
 import time
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
@@ -37,6 +38,7 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "GRU": lambda distance: nn.GRU(N_SYMBOLS + 1, HIDDEN_SIZE, batch_first=True),
     "LSTM": _lstm(lambda layer, distance: None),
     "LSTM, forget bias 1": _lstm(lambda layer, distance: open_forget_gates(layer, 1.0)),
+    "LSTM, forget bias log T": _lstm(lambda layer, distance: open_forget_gates(layer, math.log(distance))),
     "LSTM, set for the distance": _lstm(remember_for),
 }
 
