@@ -816,15 +816,17 @@ CLASSIFIER = Task(
 
 
 def _opening_probes(generator: torch.Generator) -> list[Probe]:
-    def probe(name: str, value: float, core: bool = False, **options: int) -> Probe:
-        module = nn.LSTM(3, 2, **options)
+    def probe(
+        name: str, value: float, sizes: tuple[int, int] = (3, 2), core: bool = False, **options: int
+    ) -> Probe:
+        module = nn.LSTM(*sizes, **options)
         state = tuple((_randn(generator, *p.shape) * 4).round() / 4 + 0.125 for p in module.parameters())
-        model = Layer("LSTM", (3, 2), state, tuple(options.items()))
+        model = Layer("LSTM", sizes, state, tuple(options.items()))
         return Probe(name, {"model": model, "value": value}, core=core)
 
     return [
         probe("one layer, bias 1", 1.0, core=True),
-        probe("one layer, bias 3", 3.0, core=True),
+        probe("one layer of three units, bias 3", 3.0, (2, 3), core=True),
         probe("two layers, bias 2", 2.0, num_layers=2),
         probe("both directions, bias -1.5", -1.5, bidirectional=1),
     ]
@@ -1143,7 +1145,7 @@ def _order_probes(generator: torch.Generator) -> list[Probe]:
     return [
         probe("a bias in ONNX's order", "iofg", 8, core=True),
         probe("a matrix that starts with the output gate", "ofig", 12, 8, core=True),
-        probe("a matrix in an older TensorFlow's order", "igfo", 8, 4),
+        probe("a matrix in an older TensorFlow's order", "igfo", 20, 4),
         probe("the forget gate first", "figo", 8, 12),
         probe("torch's own order", "ifgo", 12),
     ]
