@@ -1251,6 +1251,7 @@ def _budget_probes(generator: torch.Generator) -> list[Probe]:
         probe("a budget that an LSTM meets exactly", "lstm", draw(100, 300), 0),
         probe("one parameter too few for a GRU", "gru", draw(500, 900), -1),
         probe("a large budget for a plain RNN", "rnn", draw(1000, 2000), 900),
+        probe("too little for a single unit", "lstm", 0, 3),
     ]
 
 
