@@ -60,6 +60,17 @@ EQUIVALENT = {
             "the two numbers share no binary digit, so `exclusive or` adds them"
         ),
     },
+    "lstm.hidden_size_at_budget": {
+        "size = 0": "the search may begin one lower: a layer without units always fits",
+    },
+    "lstm.grade_this": {
+        "generator = torch.Generator().manual_seed(0)": "other random numbers serve as well",
+        "generator = torch.Generator().manual_seed(2)": "other random numbers serve as well",
+    },
+    "lstm.read_a_memory": {
+        'answers["bias for 200"] = math.log(wanted / (1 % wanted))': "1 modulo a number above 1/2 is 1 minus it",
+        'answers["bias for 200"] = math.log(wanted // (1 - wanted))': "288.04 rounded down: the fifth digit",
+    },
 }
 
 

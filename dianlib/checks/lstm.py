@@ -1527,7 +1527,7 @@ def _wrong_forget(
     return torch.sigmoid(o) * torch.tanh(c), c
 
 
-def _wrong_c_later(
+def _wrong_c_before_writing(
     x: Tensor,
     state: tuple[Tensor, Tensor],
     weight_ih: Tensor,
@@ -1537,9 +1537,9 @@ def _wrong_c_later(
 ) -> tuple[Tensor, Tensor]:
     h, c = state
     i, f, g, o = (x @ weight_ih.T + h @ weight_hh.T + bias_ih + bias_hh).chunk(4, dim=-1)
-    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-    h = torch.sigmoid(o) * torch.tanh(c)
-    return h, h
+    kept = torch.sigmoid(f) * c
+    h = torch.sigmoid(o) * torch.tanh(kept + torch.sigmoid(i) * torch.tanh(g))
+    return h, kept
 
 
 RIGHT_SPECIMENS = (_right_fused, _right_by_blocks, _right_by_cat)
@@ -1552,7 +1552,7 @@ WRONG_SPECIMENS = (
     _wrong_shared_bias,
     _wrong_old_cell,
     _wrong_forget,
-    _wrong_c_later,
+    _wrong_c_before_writing,
 )
 
 
