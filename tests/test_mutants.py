@@ -68,7 +68,7 @@ EQUIVALENT = {
         "generator = torch.Generator().manual_seed(2)": "other random numbers serve as well",
     },
     "lstm.read_a_memory": {
-        'answers["bias for 200"] = math.log(wanted / (1 % wanted))': "1 modulo a number above 1/2 is 1 minus it",
+        'answers["bias for 200"] = math.log(wanted / (1 % wanted))': "a remainder that is 1 - wanted",
         'answers["bias for 200"] = math.log(wanted // (1 - wanted))': "288.04 rounded down: the fifth digit",
     },
 }
