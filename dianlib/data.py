@@ -268,3 +268,23 @@ def prepare_torchvision() -> torch.library.Library | None:
     operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     return operators
+
+
+def recall_task(
+    n_samples: int, distance: int, n_symbols: int = 8, *, generator: Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Make sequences whose first symbol must be named after ``distance`` more steps.
+
+    Returns inputs (N, distance + 1, n_symbols + 1) float32 and targets (N,) int64. Every step is one
+    symbol, one-hot; the last input is a mark, 1 at the first step and 0 at all others. The symbols
+    after the first are drawn from the same alphabet and mean nothing, so that a network has to write
+    once, ignore the rest and keep what it wrote (the idea is that of Hochreiter and Schmidhuber 1997,
+    section 5). Raises ValueError for a distance or a number of symbols below 1.
+    """
+    if distance < 1 or n_symbols < 1:
+        raise ValueError("distance and n_symbols must be at least 1.")
+    symbols = torch.randint(n_symbols, (n_samples, distance + 1), generator=generator)
+    inputs = torch.zeros(n_samples, distance + 1, n_symbols + 1, dtype=torch.float32)
+    inputs.scatter_(2, symbols.unsqueeze(2), 1.0)
+    inputs[:, 0, n_symbols] = 1.0
+    return inputs, symbols[:, 0]

@@ -15,6 +15,7 @@ from assignment import BEGIN, END, ROOT, answer_cells, define, items, mark, read
 
 from dianlib import metrics, mlp, search
 from dianlib import metrics, mlp, rnn
+from dianlib import lstm, metrics, mlp
 from dianlib.checks import grade, tasks
 from dianlib.checks.registry import CHAPTERS
 from dianlib.checks.running import make
@@ -271,6 +272,42 @@ def test_the_examples_of_the_rnn_statements_are_right() -> None:
     assert said("RNNClassifier", "= 21,514 parameters")
     assert (92 - 64) * 28 == 784
     assert said("read_claims", "(64, 92)", "28 steps for one image of 784 pixels")
+def test_the_examples_of_the_lstm_statements_are_right() -> None:
+    def said(task: str, *numbers: str) -> bool:
+        statement = item_of("exercises", "lstm", f"lstm.{task}").statement
+        return all(number in statement for number in numbers)
+
+    nothing = (torch.zeros(4, 1), torch.zeros(4, 1))
+    biases = (torch.tensor([0, 1.0986, 0.6931, -1.0986]), torch.zeros(4))
+    h, c = lstm.lstm_cell(torch.zeros(1, 1), (torch.zeros(1, 1), torch.tensor([[2.0]])), *nothing, *biases)
+    assert (round(float(h), 4), round(float(c), 4)) == (0.2367, 1.8)
+    assert said("lstm_cell", "[0, 1.0986, 0.6931, -1.0986]", "h = 0.2367 and c = 1.8")
+    assert said("grade_this", "c must become 1.8 and h 0.2367")
+    new = lstm.gru_cell(
+        torch.zeros(1, 1),
+        torch.tensor([[0.2]]),
+        torch.zeros(3, 1),
+        torch.zeros(3, 1),
+        torch.tensor([0, 1.0986, 0]),
+        torch.tensor([0, 0, 1.3863]),
+    )
+    assert round(float(new), 4) == 0.3
+    assert said("gru_cell", "[0, 1.0986, 0]", "[0, 0, 1.3863]", "the result is 0.3")
+    count = sum(parameter.numel() for parameter in lstm.LSTMClassifier(2, 3, 5).parameters())
+    assert said("LSTMClassifier", f"= {count} parameters")
+    gates = lstm.gates(torch.ones(1, 2, 1), *nothing, *biases)
+    shown = {name: round(float(values[0, 1, 0]), 4) for name, values in gates.items()}
+    assert shown == {"input": 0.5, "forget": 0.75, "candidate": 0.6, "output": 0.25}
+    assert said("gates", "input 0.5, forget 0.75, output 0.25, candidate 0.6")
+    moved = lstm.to_torch_order(torch.arange(1.0, 9), "iofg")
+    assert said("to_torch_order", f"{[int(number) for number in moved]}")
+    sizes = [lstm.hidden_size_at_budget(kind, 8, 1000) for kind in ("lstm", "rnn", "gru")]
+    used = lstm.n_parameters("lstm", 8, sizes[0])
+    assert said("hidden_size_at_budget", f"= {used} parameters", f"the result is {sizes[0]}", "1,056")
+    assert said("hidden_size_at_budget", f"For the RNN it is {sizes[1]}, for the GRU {sizes[2]}")
+    gate = 1 / (1 + math.exp(-3))
+    half_life = math.log(0.5) / math.log(gate)
+    assert said("read_a_memory", f"= {gate:.4f}", f"{gate**20:.3f} is left", f"= {half_life:.1f} steps")
 
 
 # ----- the solutions -------------------------------------------------------------------------------------
@@ -397,6 +434,12 @@ def test_the_trial_on_real_digits_works_and_waits_politely(slug: str) -> None:
         "search": {"search_space": lambda trial: trial.ask_me_anything()},
         "rnn": {"RNNClassifier": lambda *_sizes: None},
     }
+    wanted = {"metrics": r"accuracy 0\.8[89]\d, .*f1 0\.8[89]", "mlp": r"(3[789]\d) of 397 scans right"}
+    wanted |= {"lstm": r"(3[456789]\d) of 397 scans right"}
+    assert re.search(wanted[slug], printed["solutions"]), printed["solutions"]
+    # A half-finished function gets a sentence, too.
+    broken = {"metrics": {"evaluate": lambda *_args, **_names: None}, "mlp": {"MLP": lambda _sizes: None}}
+    broken["lstm"] = {"LSTMClassifier": lambda *_sizes: None}
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         exec(cells["use-it-digits"], dict(answers("solutions", slug)) | broken[slug])

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from dianlib import metrics, mlp, search, training
 from dianlib import metrics, mlp, rnn, training
+from dianlib import lstm, metrics, mlp, training
 from dianlib.checks import check, grade, hint, tasks
 from dianlib.checks.judging import Bench, anchor, judge
 from dianlib.checks.running import Probe, run_all
@@ -148,6 +149,20 @@ class ClassifierByTorch(nn.Module):
 
     def forward(self, xs: Tensor) -> Any:
         return self.output(self.rnn(xs)[0][:, -1])
+def lstm_cell_by_module(x: Tensor, state: tuple[Tensor, Tensor], *weights: Tensor) -> Any:
+    cell = nn.LSTMCell(x.shape[1], state[0].shape[1])
+    names = [name for name, _ in cell.named_parameters()]
+    return torch.func.functional_call(cell, dict(zip(names, weights, strict=True)), (x, state))
+
+
+class ClassifierOnTorch(nn.Module):
+    def __init__(self, input_size: int, hidden_size: int, n_classes: int) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(input_size, hidden_size, batch_first=True)
+        self.output = nn.Linear(hidden_size, n_classes)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.output(self.layer(x)[0][:, -1])
 
 
 SHORTCUTS: list[tuple[str, Any]] = [
@@ -200,6 +215,17 @@ SHORTCUTS: list[tuple[str, Any]] = [
     ("rnn.orthogonal", rnn.orthogonal),
     ("rnn.RNNClassifier", rnn.RNNClassifier),
     ("rnn.RNNClassifier", ClassifierByTorch),
+    ("lstm.lstm_cell", lstm.lstm_cell),
+    ("lstm.lstm_cell", lambda x, state, *weights: torch.lstm_cell(x, state, *weights)),
+    ("lstm.lstm_cell", lstm_cell_by_module),
+    ("lstm.gru_cell", lstm.gru_cell),
+    ("lstm.gru_cell", lambda x, h, *weights: torch.gru_cell(x, h, *weights)),
+    ("lstm.LSTMClassifier", lstm.LSTMClassifier),
+    ("lstm.LSTMClassifier", ClassifierOnTorch),
+    ("lstm.open_forget_gates", lstm.open_forget_gates),
+    ("lstm.gates", lstm.gates),
+    ("lstm.to_torch_order", lstm.to_torch_order),
+    ("lstm.hidden_size_at_budget", lstm.hidden_size_at_budget),
 ]
 
 

@@ -109,6 +109,16 @@ EQUIVALENT = {
         'answers["time steps"] = n_pixels // (layer_input ^ n_hidden)': (
             "128 is one binary digit of 912, so `exclusive or` takes it away"
         ),
+    "lstm.hidden_size_at_budget": {
+        "size = 0": "the search may begin one lower: a layer without units always fits",
+    },
+    "lstm.grade_this": {
+        "generator = torch.Generator().manual_seed(0)": "other random numbers serve as well",
+        "generator = torch.Generator().manual_seed(2)": "other random numbers serve as well",
+    },
+    "lstm.read_a_memory": {
+        'answers["bias for 200"] = math.log(wanted / (1 % wanted))': "a remainder that is 1 - wanted",
+        'answers["bias for 200"] = math.log(wanted // (1 - wanted))': "288.04 rounded down: the fifth digit",
     },
 }
 

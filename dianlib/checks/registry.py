@@ -10,6 +10,7 @@ from dianlib.checks.task import Task
 # The chapters that have an assignment. A new chapter adds its slug here.
 CHAPTERS = ("metrics", "mlp", "search")
 CHAPTERS = ("metrics", "mlp", "rnn")
+CHAPTERS = ("metrics", "mlp", "lstm")
 
 # The modules that hold the answers of a chapter. Students may import them in the chapters after it.
 REFERENCES = {
@@ -17,6 +18,7 @@ REFERENCES = {
     "mlp": ("dianlib.mlp", "dianlib.training"),
     "search": ("dianlib.search",),
     "rnn": ("dianlib.rnn",),
+    "lstm": ("dianlib.lstm",),
 }
 TOOLS = ("dianlib.data", "dianlib.plotting")
 

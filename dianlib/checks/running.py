@@ -116,6 +116,26 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class Tensors:
+    """A tuple of tensors, such as the state (h, c) of a cell."""
+
+    values: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of torch.nn by its name, for example "LSTM": ``sizes`` by position, ``options`` by name.
+
+    ``state`` are the values of its parameters, in their order.
+    """
+
+    name: str
+    sizes: tuple[int, ...]
+    state: tuple[Tensor, ...]
+    options: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
 class Probe:
     """One question to a candidate.
 
@@ -257,6 +277,14 @@ def make(spec: Any, made: Mapping[str, Any] = MappingProxyType({})) -> Any:
                 return h
 
             return last_state
+        case Tensors():
+            return tuple(value.clone() for value in spec.values)
+        case Layer():
+            module: nn.Module = getattr(nn, spec.name)(*spec.sizes, **dict(spec.options))
+            with torch.no_grad():
+                for parameter, value in zip(module.parameters(), spec.state, strict=True):
+                    parameter.copy_(value)
+            return module
         case Source():
             namespace: dict[str, Any] = {"torch": torch, "Tensor": Tensor}
             exec(spec.text, namespace)
@@ -575,10 +603,12 @@ def _call(
                 raise TypeError(f"this must be an nn.Module, but building it gave a {type(call).__name__}")
             outcome.values["number of parameters"] = sum(p.numel() for p in call.parameters())
             _load_by_shape(call, probe.state)
+        tensors = _tensors(made)
         for name in probe.gradients:
             if name != "parameters":
-                made[name].requires_grad_(True)
-        before = {name: value.detach().clone() for name, value in made.items() if isinstance(value, Tensor)}
+                for tensor in _tensors({name: made[name]}).values():
+                    tensor.requires_grad_(True)
+        before = {name: value.detach().clone() for name, value in tensors.items()}
         state = torch.get_rng_state()
         for number in range(probe.calls):
             # model.parameters() is a generator in real life, so it is one here.
@@ -594,7 +624,7 @@ def _call(
     finally:
         outcome.used = tuple(dict.fromkeys(used))
     outcome.changed = tuple(
-        name for name, value in before.items() if not torch.equal(value, made[name].detach())
+        name for name, value in before.items() if not torch.equal(value, tensors[name].detach())
     )
     for name, value in made.items():
         outcome.values |= _after(name, value, probe.args[name])
@@ -602,8 +632,21 @@ def _call(
         _differentiate(call, result, probe, made, outcome)
 
 
+def _tensors(made: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Name the tensors among the arguments, those inside a tuple one by one."""
+    found: dict[str, Tensor] = {}
+    for name, value in made.items():
+        if isinstance(value, Tensor):
+            found[name] = value
+        elif isinstance(value, tuple):
+            found |= {f"{name}[{i}]": part for i, part in enumerate(value) if isinstance(part, Tensor)}
+    return found
+
+
 def _differentiate(call: Any, result: Any, probe: Probe, made: dict[str, Any], outcome: Outcome) -> None:
-    if not isinstance(result, Tensor) or not result.requires_grad:
+    parts = result if isinstance(result, tuple | list) else [result]
+    results = [part for part in parts if isinstance(part, Tensor) and part.requires_grad]
+    if not results:
         outcome.detached = True
         return
     wanted: dict[str, Tensor] = {}
@@ -611,10 +654,10 @@ def _differentiate(call: Any, result: Any, probe: Probe, made: dict[str, Any], o
         if name == "parameters":
             wanted |= {f"parameter {n}": p for n, p in enumerate(call.parameters())}
         else:
-            wanted[name] = made[name]
+            wanted |= _tensors({name: made[name]})
     if not wanted:  # a module in which parameters() finds nothing
         return
-    total = (result * _cotangent(result)).sum()
+    total = sum(((part * _cotangent(part)).sum() for part in results), torch.zeros(()))
     gradients = torch.autograd.grad(total, list(wanted.values()), allow_unused=True)
     for name, gradient in zip(wanted, gradients, strict=True):
         if gradient is None:

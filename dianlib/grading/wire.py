@@ -21,6 +21,7 @@ from dianlib.checks.running import (
     Batches,
     Data,
     Foreign,
+    Layer,
     Loss,
     Momentum,
     Net,
@@ -29,6 +30,7 @@ from dianlib.checks.running import (
     Probe,
     Trial,
     Recurrent,
+    Tensors,
 )
 
 MAX_HEADER = 8 << 20
@@ -72,6 +74,7 @@ SPECIFICATIONS: dict[str, type[Any]] = {
     kind.__name__: kind
     for kind in (Batches, Data, Foreign, Loss, Momentum, Net, Parameters, Probe, Sealed, Trial)
     for kind in (Batches, Foreign, Loss, Momentum, Net, Parameters, Probe, Recurrent, Sealed)
+    for kind in (Batches, Foreign, Layer, Loss, Momentum, Net, Parameters, Probe, Sealed, Tensors)
 }
 
 Buffers = list[bytes]

@@ -17,6 +17,7 @@ EXPERIMENTS = {
     "mlp": "93.9 % after a hundred epochs, and why",
     "search": "six depths, ten trials, one test set: what holds, measured again",
     "rnn": "recurrent networks on Fashion-MNIST, and a collapse",
+    "recall": "how far recurrent networks remember: one symbol, 10 to 200 steps back",
 }
 
 

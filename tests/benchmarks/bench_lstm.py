@@ -1,0 +1,96 @@
+"""One training pass of the LSTM and the GRU: ours, torch's own layers, and two slower ways to write them.
+
+All have the same weights and the same sequences, and run in turn, in one process and one thread; seconds are
+those of the processor. The ratio of each round is taken by itself; the median over the rounds is compared
+with the target. torch computes an LSTM on a processor with one fused kernel for the whole sequence, which
+Python cannot match on short, narrow sequences; its GRU is a loop of products like ours.
+"""
+
+from collections.abc import Callable
+from statistics import median
+from time import process_time
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dianlib import lstm
+
+ROUNDS = 15
+# Batch, steps, inputs, hidden size: rows of an image, and a longer, wider sequence.
+SHAPES = {"short": (64, 28, 28, 128), "long": (64, 100, 64, 256)}
+# How many times torch's seconds ours may take; on this shape, in this much noise.
+LIMITS = {("LSTM", "short"): 1.9, ("LSTM", "long"): 1.4, ("GRU", "short"): 1.3, ("GRU", "long"): 1.3}
+
+
+class ByCells(nn.Module):
+    """The loop that torch's manual shows: a cell of torch for each step."""
+
+    def __init__(self, cell: Any) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, xs: Tensor) -> tuple[Tensor, Any]:
+        state, outputs = None, []
+        for x in xs.unbind(1):
+            state = self.cell(x, state)
+            outputs.append(state[0] if isinstance(state, tuple) else state)
+        return torch.stack(outputs, dim=1), state
+
+
+def contenders(kind: str, n_in: int, hidden_size: int) -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    theirs = getattr(nn, kind)(n_in, hidden_size, batch_first=True)
+    ours = getattr(lstm, kind)(n_in, hidden_size)
+    ours.load_state_dict(theirs.state_dict())
+    cell = getattr(nn, f"{kind}Cell")(n_in, hidden_size)
+    cell.load_state_dict({name.removesuffix("_l0"): value for name, value in theirs.state_dict().items()})
+    return {"dianlib": ours, f"nn.{kind}": theirs, f"nn.{kind}Cell in a loop": ByCells(cell)}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_a_pass_forwards_and_backwards(
+    benchmark: Any, kind: str, shape: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    n, steps, n_in, hidden_size = SHAPES[shape]
+    models = contenders(kind, n_in, hidden_size)
+    xs = torch.randn(n, steps, n_in, generator=torch.Generator().manual_seed(0))
+
+    def seconds(model: nn.Module) -> Callable[[], float]:
+        def once() -> float:
+            started = process_time()
+            model(xs)[0].square().mean().backward()
+            model.zero_grad()
+            return process_time() - started
+
+        return once
+
+    trials = {name: seconds(model) for name, model in models.items()}
+    taken: dict[str, list[float]] = {name: [] for name in trials}
+
+    def one_round() -> None:
+        # The order turns, so that nobody always follows the same other.
+        names = list(trials)
+        turn = len(taken["dianlib"]) % len(names)
+        for name in names[turn:] + names[:turn]:
+            taken[name].append(trials[name]())
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more of them would wait for each other, and for other work on the computer
+    try:
+        benchmark.pedantic(one_round, rounds=ROUNDS, warmup_rounds=1)
+    finally:
+        torch.set_num_threads(threads)
+    ratios = {
+        name: median(ours / other for ours, other in zip(taken["dianlib"][1:], times[1:], strict=True))
+        for name, times in taken.items()
+    }
+    benchmark.extra_info.update({f"ours / {name}": round(ratio, 3) for name, ratio in ratios.items()})
+    with capsys.disabled():
+        print(f"\n\n{kind}, batch {n}, {steps} steps, {n_in} inputs, {hidden_size} units, one thread")
+        for name, times in taken.items():
+            print(f"{name:>22}: {1000 * median(times[1:]):7.1f} ms  ours takes {ratios[name]:.2f} x")
+    limit = LIMITS[kind, shape]
+    assert ratios[f"nn.{kind}"] <= limit, f"ours takes {ratios[f'nn.{kind}']:.2f} x, limit {limit}"
