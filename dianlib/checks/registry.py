@@ -8,10 +8,14 @@ from types import MappingProxyType
 from dianlib.checks.task import Task
 
 # The chapters that have an assignment. A new chapter adds its slug here.
-CHAPTERS = ("metrics", "mlp")
+CHAPTERS = ("metrics", "mlp", "seq2seq")
 
 # The modules that hold the answers of a chapter. Students may import them in the chapters after it.
-REFERENCES = {"metrics": ("dianlib.metrics",), "mlp": ("dianlib.mlp", "dianlib.training")}
+REFERENCES = {
+    "metrics": ("dianlib.metrics",),
+    "mlp": ("dianlib.mlp", "dianlib.training"),
+    "seq2seq": ("dianlib.seq2seq",),
+}
 TOOLS = ("dianlib.data", "dianlib.plotting")
 
 

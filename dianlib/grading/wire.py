@@ -19,10 +19,12 @@ from torch import Tensor
 
 from dianlib.checks.running import (
     Batches,
+    DecoderParts,
     Foreign,
     Loss,
     Momentum,
     Net,
+    NextToken,
     Outcome,
     Parameters,
     Probe,
@@ -66,7 +68,19 @@ class Sealed:
 
 # What a probe may be made of. A new kind of specification in dianlib.checks.running is added here.
 SPECIFICATIONS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (Batches, Foreign, Loss, Momentum, Net, Parameters, Probe, Sealed)
+    kind.__name__: kind
+    for kind in (
+        Batches,
+        DecoderParts,
+        Foreign,
+        Loss,
+        Momentum,
+        Net,
+        NextToken,
+        Parameters,
+        Probe,
+        Sealed,
+    )
 }
 
 Buffers = list[bytes]

@@ -13,7 +13,10 @@ from pathlib import Path
 from dianlib.data import DataError
 
 # Each experiment is a module of this name with `add_options(parser)` and `run(options)`.
-EXPERIMENTS = {"mlp": "93.9 % after a hundred epochs, and why"}
+EXPERIMENTS = {
+    "mlp": "93.9 % after a hundred epochs, and why",
+    "translate": "Chinese to English: one fixed vector against attention",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
