@@ -447,15 +447,20 @@ _FIRST_DAY = date(1900, 1, 1)
 _DAYS = (date(2100, 1, 1) - _FIRST_DAY).days
 
 
-def number_pairs(n: int, *, seed: int = 0) -> list[tuple[str, str]]:
-    """Return ``n`` different pairs (Chinese, English) of whole numbers of 3 to 8 digits, all of them exact.
+def number_pairs(n: int, *, seed: int = 0, digits: int = 8) -> list[tuple[str, str]]:
+    """Return ``n`` different pairs (Chinese, English) of whole numbers of 3 to ``digits`` digits, all exact.
 
     Each count of digits is drawn equally often. Repeated numbers are dropped, so short ones, of which
-    there are few, are rarer in a long list. Raises ValueError for a negative ``n``.
+    there are few, are rarer in a long list. Raises ValueError for a negative ``n``, for ``digits`` outside
+    4..8, or where there are not enough numbers.
     """
+    if not 4 <= digits <= 8:
+        raise ValueError(f"digits must be 4 to 8, not {digits}.")
+    if n > 10**digits // 2:
+        raise ValueError(f"there are too few numbers of {digits} digits for {n} pairs.")
 
     def draw(random: Random) -> tuple[str, str]:
-        size = random.randint(3, 8)
+        size = random.randint(3, digits)
         number = random.randrange(10 ** (size - 1), 10**size)
         return chinese_number(number), english_number(number)
 
