@@ -173,7 +173,8 @@ def text_heat_map(
 
     The names are real text, so the browser chooses the font: Chinese names need none where the figure is
     made, and a screen reader reads them. A weight below 0.5 % leaves its cell empty. The languages
-    are those of the names, "en" or "zh-Hans". Raises ValueError for names that do not fit or values outside 0..1.
+    are those of the names, "en" or "zh-Hans". Raises ValueError for names that do not fit or values
+    outside 0..1.
     """
     values = np.asarray(matrix, dtype=float)
     _need_shape(values, len(rows), len(columns))
@@ -198,7 +199,7 @@ _PLAIN = ' style="background: none; text-align: center; padding: 2px 5px"'
 def _percent_cell(value: float) -> str:
     """Write one weight, white to dark blue, in the ink that can be read on it."""
     red, green, blue = (round(255 * part) for part in plt.get_cmap("Blues")(value)[:3])
-    ink = "#ffffff" if value > 0.6 else "#000000"
+    ink = "#ffffff" if value > 0.71 else "#000000"
     text = f"{100 * value:.0f}" if value >= 0.005 else ""
     style = f"background: rgb({red}, {green}, {blue}); color: {ink}; text-align: center; padding: 2px 5px"
     return f'<td style="{style}">{text}</td>'

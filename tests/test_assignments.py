@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import re
 from functools import cache
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import yaml
 from assignment import BEGIN, END, ROOT, answer_cells, define, items, mark, read, visible_and_hidden
 
-from dianlib import metrics, mlp
+from dianlib import metrics, mlp, seq2seq
 from dianlib.checks import grade, tasks
 from dianlib.checks.registry import CHAPTERS
 from dianlib.checks.running import make
@@ -201,6 +202,35 @@ def test_the_examples_of_the_mlp_statements_are_right() -> None:
     assert said("sgd_step", "`[0.95, 2.1]`")
 
 
+def test_the_examples_of_the_seq2seq_statements_are_right() -> None:
+    def said(task: str, *numbers: str) -> bool:
+        statement = item_of("exercises", "seq2seq", f"seq2seq.{task}").statement
+        return all(number in statement for number in numbers)
+
+    mask = seq2seq.padding_mask(torch.tensor([[5, 6, 0], [7, 0, 0]]), 0)
+    assert said("padding_mask", f"`{mask.tolist()}`")
+    shifted = seq2seq.shift_right(torch.tensor([[7, 8, 2], [9, 2, 0]]), 1)
+    assert said("shift_right", f"`{shifted.tolist()}`")
+
+    targets = torch.tensor([[1, 1], [1, 0]])
+    logits = torch.tensor([[[0.75, 0.25], [0.75, 0.25]], [[0.5, 0.5], [0.5, 0.5]]]).log()
+    prices = [1.3863, 1.3863, 0.6931]
+    assert said("sequence_loss", "1.3863, 1.3863 and 0.6931")
+    assert said("sequence_loss", f"3.4657 / 3 = {seq2seq.sequence_loss(logits, targets):.4f}")
+    by_sentence, by_position = (prices[0] + prices[2]) / 2, sum(prices) / 4
+    assert said("sequence_loss", f"means would be {by_sentence:.4f}", f"{by_position:.4f}")
+
+    one, keys = torch.ones(1, 1), torch.tensor([[[0.0], [1.0], [-1.0]]])
+    arguments = (0 * one, keys, one, one, torch.tensor([2.0]))
+    context, weights = seq2seq.additive_attention(*arguments)
+    assert said("additive_attention", f"{2 * math.tanh(1):.4f}", f"`[[{context.item():.4f}]]`")
+    assert said("additive_attention", f"`[[{', '.join(f'{weight:.4f}' for weight in weights[0])}]]`")
+    context, weights = seq2seq.additive_attention(*arguments, torch.tensor([[True, True, False]]))
+    masked = f"{weights[0, 0]:.3f}, {weights[0, 1]:.3f}"
+    assert said("additive_attention", f"`[[{masked}, 0]]`", f"the context `[[{context.item():.3f}]]`")
+    assert said("grade_this", f"{masked} and 0")
+
+
 # ----- the solutions -------------------------------------------------------------------------------------
 
 
@@ -311,10 +341,18 @@ def test_the_trial_on_real_digits_works_and_waits_politely(slug: str) -> None:
     assert printed["exercises"].startswith("Write ")
     assert "run this cell again" in printed["exercises"]
     # The course's own code gets the same numbers from the same scans.
-    wanted = {"metrics": r"accuracy 0\.8[89]\d, .*f1 0\.8[89]", "mlp": r"(3[789]\d) of 397 scans right"}[slug]
+    wanted = {
+        "metrics": r"accuracy 0\.8[89]\d, .*f1 0\.8[89]",
+        "mlp": r"(3[789]\d) of 397 scans right",
+        "seq2seq": r"(1[6-9]\d|200) of 200 new dates right",
+    }[slug]
     assert re.search(wanted, printed["solutions"]), printed["solutions"]
     # A half-finished function gets a sentence, too.
-    broken = {"metrics": {"evaluate": lambda *_args, **_names: None}, "mlp": {"MLP": lambda _sizes: None}}
+    broken = {
+        "metrics": {"evaluate": lambda *_args, **_names: None},
+        "mlp": {"MLP": lambda _sizes: None},
+        "seq2seq": {"shift_right": lambda _target, _bos: None},
+    }
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         exec(cells["use-it-digits"], dict(answers("solutions", slug)) | broken[slug])
