@@ -60,6 +60,42 @@ EQUIVALENT = {
             "the two numbers share no binary digit, so `exclusive or` adds them"
         ),
     },
+    "seq2seq.Encoder": {
+        "self.gru = nn.GRU(hidden_size, hidden_size // 2, batch_first=False, bidirectional=True)": (
+            "a packed batch has no batch axis"
+        ),
+    },
+    "seq2seq.greedy_decode": {
+        "ended = ended + (token == eos)": "the sum of two truth values is their `or`",
+    },
+    "seq2seq.grade_this": {
+        "pass  # return True": "a test that returns nothing accepts, like one made of assert statements",
+        "query, keys = torch.tensor([[0.2], [0.5]]), torch.arange(6.0).reshape(2, 3, 1) - 5": (
+            "any unequal keys serve"
+        ),
+        "query, keys = torch.tensor([[0.2], [0.5]]), torch.arange(6.0).reshape(2, 3, 1) % 5": (
+            "any unequal keys serve"
+        ),
+        "query, keys = torch.tensor([[1.2], [0.5]]), torch.arange(6.0).reshape(2, 3, 1) / 5": (
+            "any queries serve"
+        ),
+        "query, keys = torch.tensor([[-0.8], [0.5]]), torch.arange(6.0).reshape(2, 3, 1) / 5": (
+            "any queries serve"
+        ),
+        "query, keys = torch.tensor([[0.2], [1.5]]), torch.arange(6.0).reshape(2, 3, 1) / 5": (
+            "any queries serve"
+        ),
+        "query, keys = torch.tensor([[0.2], [-0.5]]), torch.arange(6.0).reshape(2, 3, 1) / 5": (
+            "any queries serve"
+        ),
+        "query, keys = torch.tensor([[0.2], [0.5]]), torch.arange(6.0).reshape(2, 3, 1) / 6": (
+            "any unequal keys serve"
+        ),
+        "query, keys = torch.tensor([[0.2], [0.5]]), torch.arange(6.0).reshape(2, 3, 1) / 4": (
+            "any unequal keys serve"
+        ),
+        "for b, length in enumerate((2, 4)):": "a slice ends with its tensor, after 3",
+    },
 }
 
 

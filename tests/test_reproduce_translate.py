@@ -11,6 +11,7 @@ from dianlib.cli import main
 from dianlib.data import BOS, EOS, PAD, date_pairs
 from dianlib.reproduce.translate import (
     Result,
+    difference_table,
     markdown_table,
     prepare,
     reproduce_translate,
@@ -154,6 +155,22 @@ def test_the_table_ends_each_model_with_its_mean() -> None:
         *("0.500", "0.600", "0.500", "0.400", "60"),
     ]
     assert [field.name for field in fields(Result)][3:6] == ["loss", "exact", "words"]
+
+
+def test_the_gain_is_a_paired_difference_with_its_interval() -> None:
+    references = {
+        tuple("ab"): [words("x y")],
+        tuple("abc"): [words("x z")],
+        tuple("abcdefgh"): [words("u v")],
+    }
+    fixed = [words("x y"), words("q"), words("u q")]
+    attentive = [words("x y"), words("x z"), words("u v")]
+    lines = difference_table(references, fixed, attentive).splitlines()
+    # Gains 0, 1 and 0.5: mean 0.5, standard deviation 0.5.
+    half = 1.96 * 0.5 / math.sqrt(3)
+    assert lines[2] == f"| any | 3 | +0.500 | {0.5 - half:+.3f} to {0.5 + half:+.3f} |"
+    assert lines[3].startswith("| up to 6 | 2 | +0.500 | -0.4")
+    assert len(lines) == 4  # of a single sentence no interval can be told
 
 
 @pytest.mark.parametrize("wrong", [{"epochs": 0}, {"seeds": 0}, {"hidden_size": 7}, {"longest": 0}])

@@ -1494,6 +1494,14 @@ def _wrong_context(query, keys, w_query, w_key, v, mask=None):  # type: ignore[n
     return keys.mean(dim=1), weights
 
 
+def _wrong_scores_returned(query, keys, w_query, w_key, v, mask=None):  # type: ignore[no-untyped-def]
+    scores = torch.tanh((query @ w_query).unsqueeze(1) + keys @ w_key) @ v
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -1e9)
+    context = (scores.softmax(-1).unsqueeze(1) @ keys).squeeze(1)
+    return context, scores if mask is None else scores.masked_fill(~mask, 0.0)
+
+
 RIGHT_SPECIMENS = (_right_broadcast, _right_large_negative, _right_sentence_by_sentence)
 WRONG_SPECIMENS = (
     _wrong_mask_ignored,
@@ -1508,6 +1516,7 @@ WRONG_SPECIMENS = (
     _wrong_no_tanh,
     _wrong_exchanged,
     _wrong_context,
+    _wrong_scores_returned,
 )
 
 
@@ -1558,6 +1567,10 @@ def _examine_sums(additive_attention: Any) -> bool:
 
 def _examine_weights_only(additive_attention: Any) -> bool:
     return _agrees(additive_attention, _example([3, 5, 2], 5), (1,))
+
+
+def _examine_context_only(additive_attention: Any) -> bool:
+    return _agrees(additive_attention, _example([3, 5, 2], 5), (0,))
 
 
 def _examine_equal_matrices(additive_attention: Any) -> bool:
@@ -1631,6 +1644,13 @@ GRADE_THIS = Task(
             "Compare the context as well: the sum of the weighted keys.",
             LOOK,
             implementations=[_examine_weights_only],
+        ),
+        Fault(
+            "test-of-the-context-only",
+            "Your test looks at the context and not at the weights.",
+            "Compare the weights as well: heat maps are drawn from them.",
+            LOOK,
+            implementations=[_examine_context_only],
         ),
         Fault(
             "test-with-equal-matrices",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from random import Random
-from statistics import mean
+from statistics import mean, stdev
 
 import torch
 from torch import Tensor, nn
@@ -113,7 +113,7 @@ def reproduce_translate(
 
     ``sentences`` are pairs (English, Chinese), those of dianlib.data.translations by default. Training
     stops early when two epochs bring no lower validation loss, and takes the weights of the best epoch.
-    The folder ``output`` gets translate.md and .csv with the table and translate-sentences.csv with the
+    The folder ``output`` gets translate.md and .csv with the tables and translate-sentences.csv with the
     test sentences of seed 0. Raises ValueError for a count below 1 and dianlib.data.DataError
     when the sentences are not on this machine.
     """
@@ -139,11 +139,11 @@ def reproduce_translate(
             results.append(measure(name, seed, n_epochs, model, corpus, said, seconds))
             if seed == 0:
                 examples[name] = said
-    table = markdown_table(results)
+    references = gather(corpus.test)
+    table = f"{markdown_table(results)}\n\n{difference_table(references, *examples.values())}"
     print(table)
     (output / "translate.md").write_text(table + "\n", encoding="utf-8")
     write_csv(output / "translate.csv", [field.name for field in fields(Result)], map(astuple, results))
-    references = gather(corpus.test)
     rows = [
         ["".join(source), " / ".join(" ".join(r) for r in references[source]), *(" ".join(t) for t in said)]
         for source, *said in zip(sources(corpus.test), *examples.values(), strict=True)
@@ -295,6 +295,32 @@ def markdown_table(results: Sequence[Result]) -> str:
         runs = [result for result in results if result.model == name]
         lines += [_line(str(run.seed), [run]) for run in runs]
         lines.append(_line("mean", runs))
+    return "\n".join(lines)
+
+
+def difference_table(
+    references: dict[Tokens, list[Tokens]], fixed: Sequence[Tokens], attentive: Sequence[Tokens]
+) -> str:
+    """Return a Markdown table: by how much attention's words are better, for each length of the source.
+
+    Both models translate the same sentences, so the mean of the differences is taken, with its normal 95 %
+    interval: 1.96 standard errors to each side. It tells how far the choice of test sentences matters, and
+    nothing about other first weights.
+    """
+    gains = {
+        source: word_score(b, found) - word_score(a, found)
+        for (source, found), a, b in zip(references.items(), fixed, attentive, strict=True)
+    }
+    lines = [
+        "| Chinese characters | sentences | gain in words by attention | 95 % interval |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, lengths in {"any": range(10_000), **LENGTHS}.items():
+        found = [gain for source, gain in gains.items() if len(source) in lengths]
+        if len(found) > 1:
+            half = 1.96 * stdev(found) / math.sqrt(len(found))
+            low, high = mean(found) - half, mean(found) + half
+            lines.append(f"| {name} | {len(found)} | {mean(found):+.3f} | {low:+.3f} to {high:+.3f} |")
     return "\n".join(lines)
 
 
