@@ -1,4 +1,4 @@
-"""Real images as whole tensors, and mini-batches cut from them.
+"""Real images as whole tensors, sentences as numbers, and mini-batches cut from them.
 
 Letters: N samples, H and W the height and width of an image in pixels. Nothing is decoded item by
 item: a data set is one tensor, and a batch is one indexing operation. Reading 64 images through a
@@ -12,15 +12,21 @@ import contextlib
 import copy
 import importlib.util
 import os
+import re
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date, timedelta
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 class DataError(RuntimeError):
@@ -288,3 +294,236 @@ def recall_task(
     inputs.scatter_(2, symbols.unsqueeze(2), 1.0)
     inputs[:, 0, n_symbols] = 1.0
     return inputs, symbols[:, 0]
+
+
+# ----- sentences ---------------------------------------------------------------------------------------
+
+# The first four numbers of every vocabulary: padding, begin, end, and any token that is not listed.
+PAD, BOS, EOS, UNKNOWN = range(4)
+
+
+class Vocabulary:
+    """The tokens of some sentences, numbered from 4 in the order of their first occurrence.
+
+    Tokens that occur fewer than ``min_count`` times are left out and become UNKNOWN.
+    """
+
+    def __init__(self, sentences: Iterable[Sequence[str]], min_count: int = 1) -> None:
+        counts = Counter(token for sentence in sentences for token in sentence)
+        kept = (token for token, count in counts.items() if count >= min_count)
+        self.tokens = ["<pad>", "<bos>", "<eos>", "<unk>", *kept]
+        self._numbers = {token: number for number, token in enumerate(self.tokens)}
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def encode(self, sentence: Sequence[str]) -> list[int]:
+        """Return the numbers of the tokens, and EOS behind them."""
+        return [*(self._numbers.get(token, UNKNOWN) for token in sentence), EOS]
+
+    def decode(self, numbers: Iterable[int]) -> list[str]:
+        """Return the tokens before the first EOS."""
+        return [self.tokens[number] for number in takewhile(lambda number: number != EOS, numbers)]
+
+
+def pad_sequences(sequences: Sequence[Sequence[int]]) -> Tensor:
+    """Write N sequences of numbers into one tensor (N, longest) int64, with PAD behind the shorter ones."""
+    rows = [torch.tensor(sequence, dtype=torch.int64) for sequence in sequences]
+    return pad_sequence(rows, batch_first=True, padding_value=PAD)
+
+
+def english_tokens(text: str) -> list[str]:
+    """Cut English into words, single digits and punctuation: "March 12, 2024" has eight tokens."""
+    return re.findall(r"[^\W\d]+(?:['’][^\W\d]+)?|\d|[^\w\s]", text)
+
+
+_CHINESE_DIGITS = "〇一二三四五六七八九"
+_MONTHS = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+]
+_WEEKDAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+_BELOW_TWENTY = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+]
+_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+
+
+def chinese_number(number: int) -> str:
+    """Write a whole number from 0 to 99,999,999 in Chinese: 123,405 is 十二万三千四百零五.
+
+    Chinese counts in groups of four digits: 万 is ten thousand. Raises ValueError for other numbers.
+    """
+    if not 0 <= number < 10**8:
+        raise ValueError(f"chinese_number writes 0 to 99,999,999, not {number}.")
+    upper, lower = divmod(number, 10_000)
+    text = _four_digits(upper) + "万" if upper else ""
+    if upper and 0 < lower < 1_000:  # a gap between the groups is read as one zero
+        text += "零"
+    text += _four_digits(lower)
+    # Ten to nineteen, at the front, are read without their one.
+    return (text.removeprefix("一") if text.startswith("一十") else text) or "零"
+
+
+def _four_digits(number: int) -> str:
+    text, gap = "", False
+    for power, unit in ((1000, "千"), (100, "百"), (10, "十"), (1, "")):
+        digit = number // power % 10
+        if digit:
+            text += ("零" if gap and text else "") + _CHINESE_DIGITS[digit] + unit
+        gap = digit == 0
+    return text
+
+
+def english_number(number: int) -> str:
+    """Write a whole number from 0 to 999,999,999 in English words.
+
+    123,405 is "one hundred twenty-three thousand four hundred five": groups of three digits. Raises
+    ValueError for other numbers.
+    """
+    if not 0 <= number < 10**9:
+        raise ValueError(f"english_number writes 0 to 999,999,999, not {number}.")
+    words = []
+    for power, unit in ((10**6, " million"), (1000, " thousand"), (1, "")):
+        group = number // power % 1000
+        if group:
+            words.append(_three_digits(group) + unit)
+    return " ".join(words) or "zero"
+
+
+def _three_digits(number: int) -> str:
+    hundreds, rest = divmod(number, 100)
+    words = [f"{_BELOW_TWENTY[hundreds]} hundred"] if hundreds else []
+    if rest >= 20:
+        tens, ones = divmod(rest, 10)
+        words.append(_TENS[tens - 2] + (f"-{_BELOW_TWENTY[ones]}" if ones else ""))
+    elif rest:
+        words.append(_BELOW_TWENTY[rest])
+    return " ".join(words)
+
+
+def chinese_date(day: date, *, year: bool = True, weekday: bool = False) -> str:
+    """Write a date in Chinese, the largest unit first: 二〇二四年三月十二日星期二."""
+    text = f"{chinese_number(day.month)}月{chinese_number(day.day)}日"
+    if year:
+        text = "".join(_CHINESE_DIGITS[int(digit)] for digit in f"{day.year:04}") + "年" + text
+    return text + "星期" + "一二三四五六日"[day.weekday()] if weekday else text
+
+
+def english_date(day: date, *, year: bool = True, weekday: bool = False) -> str:
+    """Write a date in English: Tuesday, March 12, 2024."""
+    text = f"{_MONTHS[day.month - 1]} {day.day}"
+    if year:
+        text += f", {day.year:04}"
+    return f"{_WEEKDAYS[day.weekday()]}, {text}" if weekday else text
+
+
+def date_pairs(n: int, *, seed: int = 0) -> list[tuple[str, str]]:
+    """Return ``n`` different pairs (Chinese, English): dates from 1900 to 2099, all of them exact.
+
+    Four of five have a year, and half of these a weekday: 三月十二日 is "March 12". Raises ValueError
+    for a negative ``n``, or one for which there are not enough dates.
+    """
+
+    def draw(random: Random) -> tuple[str, str]:
+        day = _FIRST_DAY + timedelta(random.randrange(_DAYS))
+        year, weekday = random.choice(
+            [(False, False), (True, False), (True, False), (True, True), (True, True)]
+        )
+        return (
+            chinese_date(day, year=year, weekday=weekday),
+            english_date(day, year=year, weekday=weekday),
+        )
+
+    if n > _DAYS:  # the two forms with a year have twice as many, but drawing the last ones would take long
+        raise ValueError(f"there are dates for {_DAYS} pairs at most, not {n}.")
+    return _different(draw, n, seed)
+
+
+_FIRST_DAY = date(1900, 1, 1)
+_DAYS = (date(2100, 1, 1) - _FIRST_DAY).days
+
+
+def number_pairs(n: int, *, seed: int = 0, digits: int = 8) -> list[tuple[str, str]]:
+    """Return ``n`` different pairs (Chinese, English) of whole numbers of 3 to ``digits`` digits, all exact.
+
+    Each count of digits is drawn equally often. Repeated numbers are dropped, so short ones, of which
+    there are few, are rarer in a long list. Raises ValueError for a negative ``n``, for ``digits`` outside
+    4..8, or where there are not enough numbers.
+    """
+    if not 4 <= digits <= 8:
+        raise ValueError(f"digits must be 4 to 8, not {digits}.")
+    if n > 10**digits // 2:
+        raise ValueError(f"there are too few numbers of {digits} digits for {n} pairs.")
+
+    def draw(random: Random) -> tuple[str, str]:
+        size = random.randint(3, digits)
+        number = random.randrange(10 ** (size - 1), 10**size)
+        return chinese_number(number), english_number(number)
+
+    return _different(draw, n, seed)
+
+
+def _different(draw: Callable[[Random], tuple[str, str]], n: int, seed: int) -> list[tuple[str, str]]:
+    """Draw until there are ``n`` different pairs."""
+    if n < 0:
+        raise ValueError(f"the number of pairs must be at least 0, not {n}.")
+    random = Random(seed)
+    found: dict[tuple[str, str], None] = {}
+    while len(found) < n:
+        found[draw(random)] = None
+    return list(found)
+
+
+def translations() -> list[tuple[str, str]]:
+    """Return 29,155 pairs (English, Chinese) of short sentences, from text/cmn.txt in `data_folder`.
+
+    Source: www.manythings.org/anki, made from tatoeba.org, CC BY 2.0 FR. A sentence may stand in several
+    pairs. Raises DataError when the file is not there or damaged.
+    """
+    path = data_folder() / "text" / "cmn.txt"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        raise DataError(
+            f"the English-Chinese sentences are not at {path}; put cmn.txt from "
+            "www.manythings.org/anki there, or set DIANLIB_DATA to a folder that has text/cmn.txt."
+        ) from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is damaged: it is not UTF-8.") from None
+    pairs = [line.split("\t") for line in lines]
+    wrong = next((number for number, pair in enumerate(pairs, 1) if len(pair) < 2), None)
+    if wrong or not pairs:
+        raise DataError(
+            f"{path} is damaged: line {wrong or 1} holds no English and Chinese with a tab between."
+        )
+    return [(pair[0], pair[1]) for pair in pairs]

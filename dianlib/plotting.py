@@ -6,10 +6,12 @@ least 3 : 1 both on white and after that inversion. Heat maps and photographs ar
 """
 
 from collections.abc import Mapping, Sequence
+from html import escape
 
 import matplotlib.pyplot as plt
 import numpy as np
 from cycler import cycler
+from IPython.display import HTML
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
@@ -156,3 +158,48 @@ def image_grid(images: ArrayLike, titles: Sequence[str] | None = None, *, column
             ax.imshow(pixels[place], vmin=0, vmax=1, cmap="gray")
             ax.set_title(titles[place] if titles is not None else "", fontsize="small")
     return figure
+
+
+def text_heat_map(
+    matrix: ArrayLike,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    caption: str,
+    row_language: str = "en",
+    column_language: str = "en",
+) -> HTML:
+    """Draw attention weights (R, C) as an HTML table: rows are queries, columns are keys, cells are percent.
+
+    The names are real text, so the browser chooses the font: Chinese names need none where the figure is
+    made, and a screen reader reads them. A weight below 0.5 % leaves its cell empty. The languages
+    are those of the names, "en" or "zh-Hans". Raises ValueError for names that do not fit or values
+    outside 0..1.
+    """
+    values = np.asarray(matrix, dtype=float)
+    _need_shape(values, len(rows), len(columns))
+    if not ((values >= 0) & (values <= 1)).all():
+        raise ValueError(
+            f"a heat map shows values from 0 to 1, not {values.min():.3g} to {values.max():.3g}."
+        )
+    head = "".join(f'<th scope="col"{_PLAIN}>{escape(name)}</th>' for name in columns)
+    lines = [f'<tr lang="{column_language}"><td{_PLAIN}></td>{head}</tr>']
+    for name, line in zip(rows, values, strict=True):
+        cells = "".join(_percent_cell(value) for value in line)
+        lines.append(f'<tr><th scope="row" lang="{row_language}"{_PLAIN}>{escape(name)}</th>{cells}</tr>')
+    return HTML(
+        f'<div role="region" tabindex="0" aria-label="{escape(caption)}" style="overflow-x: auto">'
+        f'<table class="heat-map"><caption>{escape(caption)}</caption>{"".join(lines)}</table></div>'
+    )
+
+
+_PLAIN = ' style="background: none; text-align: center; padding: 2px 5px"'
+
+
+def _percent_cell(value: float) -> str:
+    """Write one weight, white to dark blue, in the ink that can be read on it."""
+    red, green, blue = (round(255 * part) for part in plt.get_cmap("Blues")(value)[:3])
+    ink = "#ffffff" if value > 0.71 else "#000000"
+    text = f"{100 * value:.0f}" if value >= 0.005 else ""
+    style = f"background: rgb({red}, {green}, {blue}); color: {ink}; text-align: center; padding: 2px 5px"
+    return f'<td style="{style}">{text}</td>'

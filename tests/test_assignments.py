@@ -13,9 +13,7 @@ import torch
 import yaml
 from assignment import BEGIN, END, ROOT, answer_cells, define, items, mark, read, visible_and_hidden
 
-from dianlib import metrics, mlp, search
-from dianlib import metrics, mlp, rnn
-from dianlib import lstm, metrics, mlp
+from dianlib import lstm, metrics, mlp, rnn, search, seq2seq
 from dianlib.checks import grade, tasks
 from dianlib.checks.registry import CHAPTERS
 from dianlib.checks.running import make
@@ -233,6 +231,8 @@ def test_the_examples_of_the_search_statements_are_right() -> None:
     assert math.lcm(72, 1_000 % 72) == 576
     assert said("audit_table", "576")
     assert said("grade_this", f"reports {(0.93 + 0.94 + 0.94) / 3:.4f}")
+
+
 def test_the_examples_of_the_rnn_statements_are_right() -> None:
     def said(task: str, *numbers: str) -> bool:
         statement = item_of("exercises", "rnn", f"rnn.{task}").statement
@@ -272,6 +272,8 @@ def test_the_examples_of_the_rnn_statements_are_right() -> None:
     assert said("RNNClassifier", "= 21,514 parameters")
     assert (92 - 64) * 28 == 784
     assert said("read_claims", "(64, 92)", "28 steps for one image of 784 pixels")
+
+
 def test_the_examples_of_the_lstm_statements_are_right() -> None:
     def said(task: str, *numbers: str) -> bool:
         statement = item_of("exercises", "lstm", f"lstm.{task}").statement
@@ -308,6 +310,35 @@ def test_the_examples_of_the_lstm_statements_are_right() -> None:
     gate = 1 / (1 + math.exp(-3))
     half_life = math.log(0.5) / math.log(gate)
     assert said("read_a_memory", f"= {gate:.4f}", f"{gate**20:.3f} is left", f"= {half_life:.1f} steps")
+
+
+def test_the_examples_of_the_seq2seq_statements_are_right() -> None:
+    def said(task: str, *numbers: str) -> bool:
+        statement = item_of("exercises", "seq2seq", f"seq2seq.{task}").statement
+        return all(number in statement for number in numbers)
+
+    mask = seq2seq.padding_mask(torch.tensor([[5, 6, 0], [7, 0, 0]]), 0)
+    assert said("padding_mask", f"`{mask.tolist()}`")
+    shifted = seq2seq.shift_right(torch.tensor([[7, 8, 2], [9, 2, 0]]), 1)
+    assert said("shift_right", f"`{shifted.tolist()}`")
+
+    targets = torch.tensor([[1, 1], [1, 0]])
+    logits = torch.tensor([[[0.75, 0.25], [0.75, 0.25]], [[0.5, 0.5], [0.5, 0.5]]]).log()
+    prices = [1.3863, 1.3863, 0.6931]
+    assert said("sequence_loss", "1.3863, 1.3863 and 0.6931")
+    assert said("sequence_loss", f"3.4657 / 3 = {seq2seq.sequence_loss(logits, targets):.4f}")
+    by_sentence, by_position = (prices[0] + prices[2]) / 2, sum(prices) / 4
+    assert said("sequence_loss", f"means would be {by_sentence:.4f}", f"{by_position:.4f}")
+
+    one, keys = torch.ones(1, 1), torch.tensor([[[0.0], [1.0], [-1.0]]])
+    arguments = (0 * one, keys, one, one, torch.tensor([2.0]))
+    context, weights = seq2seq.additive_attention(*arguments)
+    assert said("additive_attention", f"{2 * math.tanh(1):.4f}", f"`[[{context.item():.4f}]]`")
+    assert said("additive_attention", f"`[[{', '.join(f'{weight:.4f}' for weight in weights[0])}]]`")
+    context, weights = seq2seq.additive_attention(*arguments, torch.tensor([[True, True, False]]))
+    masked = f"{weights[0, 0]:.3f}, {weights[0, 1]:.3f}"
+    assert said("additive_attention", f"`[[{masked}, 0]]`", f"the context `[[{context.item():.3f}]]`")
+    assert said("grade_this", f"{masked} and 0")
 
 
 # ----- the solutions -------------------------------------------------------------------------------------
@@ -425,6 +456,8 @@ def test_the_trial_on_real_digits_works_and_waits_politely(slug: str) -> None:
         "mlp": r"(3[789]\d) of 397 scans right",
         "search": r"best validation accuracy 0\.9\d\d; the chosen network reads 0\.9\d\d of the test",
         "rnn": r"(3[6789]\d) of 397 scans right",
+        "lstm": r"(3[456789]\d) of 397 scans right",
+        "seq2seq": r"(1[6-9]\d|200) of 200 new dates right",
     }[slug]
     assert re.search(wanted, printed["solutions"]), printed["solutions"]
     # A half-finished function gets a sentence, too.
@@ -433,13 +466,9 @@ def test_the_trial_on_real_digits_works_and_waits_politely(slug: str) -> None:
         "mlp": {"MLP": lambda _sizes: None},
         "search": {"search_space": lambda trial: trial.ask_me_anything()},
         "rnn": {"RNNClassifier": lambda *_sizes: None},
+        "lstm": {"LSTMClassifier": lambda *_sizes: None},
+        "seq2seq": {"shift_right": lambda _target, _bos: None},
     }
-    wanted = {"metrics": r"accuracy 0\.8[89]\d, .*f1 0\.8[89]", "mlp": r"(3[789]\d) of 397 scans right"}
-    wanted |= {"lstm": r"(3[456789]\d) of 397 scans right"}
-    assert re.search(wanted[slug], printed["solutions"]), printed["solutions"]
-    # A half-finished function gets a sentence, too.
-    broken = {"metrics": {"evaluate": lambda *_args, **_names: None}, "mlp": {"MLP": lambda _sizes: None}}
-    broken["lstm"] = {"LSTMClassifier": lambda *_sizes: None}
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         exec(cells["use-it-digits"], dict(answers("solutions", slug)) | broken[slug])

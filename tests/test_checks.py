@@ -16,9 +16,7 @@ from sklearn.metrics import f1_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dianlib import metrics, mlp, search, training
-from dianlib import metrics, mlp, rnn, training
-from dianlib import lstm, metrics, mlp, training
+from dianlib import lstm, metrics, mlp, rnn, search, training
 from dianlib.checks import check, grade, hint, tasks
 from dianlib.checks.judging import Bench, anchor, judge
 from dianlib.checks.running import Probe, run_all
@@ -149,6 +147,8 @@ class ClassifierByTorch(nn.Module):
 
     def forward(self, xs: Tensor) -> Any:
         return self.output(self.rnn(xs)[0][:, -1])
+
+
 def lstm_cell_by_module(x: Tensor, state: tuple[Tensor, Tensor], *weights: Tensor) -> Any:
     cell = nn.LSTMCell(x.shape[1], state[0].shape[1])
     names = [name for name, _ in cell.named_parameters()]

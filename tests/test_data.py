@@ -1,3 +1,4 @@
+import datetime
 import gzip
 import http.server
 import os
@@ -416,3 +417,199 @@ def test_importing_data_is_light() -> None:
         "print(sorted({'torchvision', 'sklearn', 'matplotlib', 'dianlib.mlp'} & set(sys.modules)))"
     )
     assert output == "[]"
+
+
+# ----- sentences -----------------------------------------------------------------------------------------
+
+IN_CHINESE = {
+    0: "零",
+    7: "七",
+    10: "十",
+    11: "十一",
+    20: "二十",
+    105: "一百零五",
+    110: "一百一十",
+    1_000: "一千",
+    1_001: "一千零一",
+    1_010: "一千零一十",
+    10_000: "一万",
+    10_500: "一万零五百",
+    15_000: "一万五千",
+    100_010: "十万零一十",
+    123_405: "十二万三千四百零五",
+    20_300_000: "二千零三十万",
+    99_999_999: "九千九百九十九万九千九百九十九",
+}
+IN_ENGLISH = {
+    0: "zero",
+    13: "thirteen",
+    20: "twenty",
+    42: "forty-two",
+    100: "one hundred",
+    1_010: "one thousand ten",
+    123_405: "one hundred twenty-three thousand four hundred five",
+    1_000_000: "one million",
+    20_300_017: "twenty million three hundred thousand seventeen",
+}
+
+
+@pytest.mark.parametrize("number", IN_CHINESE)
+def test_numbers_in_chinese(number: int) -> None:
+    assert data.chinese_number(number) == IN_CHINESE[number]
+
+
+@pytest.mark.parametrize("number", IN_ENGLISH)
+def test_numbers_in_english(number: int) -> None:
+    assert data.english_number(number) == IN_ENGLISH[number]
+
+
+def read_chinese(text: str) -> int:
+    """Read a number as a person does: digit times unit, and everything before 万 ten thousand times."""
+    total = group = digit = 0
+    for character in text:
+        if character in "零〇":
+            digit = 0
+        elif character in "一二三四五六七八九":
+            digit = "一二三四五六七八九".index(character) + 1
+        elif character == "万":
+            total, group, digit = (group + digit) * 10_000, 0, 0
+        else:
+            group += (digit or 1) * {"十": 10, "百": 100, "千": 1000}[character]
+            digit = 0
+    return total + group + digit
+
+
+def read_english(text: str) -> int:
+    small = {data.english_number(n): n for n in [*range(20), *range(20, 100, 10)]}
+    total = group = 0
+    for word in text.replace("-", " ").split():
+        if word == "hundred":
+            group *= 100
+        elif word in ("thousand", "million"):
+            total, group = total + group * {"thousand": 1000, "million": 10**6}[word], 0
+        else:
+            group += small[word]
+    return total + group
+
+
+def test_numbers_are_read_back_as_they_were() -> None:
+    random = np.random.default_rng(0)
+    for number in [int(10 ** random.uniform(0, 8)) for _ in range(2000)]:
+        assert read_chinese(data.chinese_number(number)) == number
+        assert read_english(data.english_number(number)) == number
+
+
+def test_number_pairs_are_translations_and_differ() -> None:
+    pairs = data.number_pairs(3000, seed=1)
+    assert len(set(pairs)) == 3000
+    for chinese, english in pairs:
+        assert read_chinese(chinese) == read_english(english)
+    sizes = {len(str(read_chinese(chinese))) for chinese, _ in pairs}
+    assert sizes == {3, 4, 5, 6, 7, 8}
+    assert data.number_pairs(3000, seed=1) == pairs
+    assert data.number_pairs(3000, seed=2) != pairs
+
+
+def test_a_date_in_both_languages() -> None:
+    day = datetime.date(2024, 3, 12)
+    assert data.chinese_date(day) == "二〇二四年三月十二日"
+    assert data.english_date(day) == "March 12, 2024"
+    assert data.chinese_date(day, weekday=True) == "二〇二四年三月十二日星期二"
+    assert data.english_date(day, weekday=True) == "Tuesday, March 12, 2024"
+    assert data.chinese_date(day, year=False) == "三月十二日"
+    assert data.english_date(day, year=False) == "March 12"
+
+
+def test_date_pairs_are_translations_and_differ() -> None:
+    pairs = data.date_pairs(2000, seed=3)
+    assert len(set(pairs)) == 2000
+    forms = set()
+    for chinese, english in pairs:
+        form = {"year": "年" in chinese, "weekday": "星期" in chinese}
+        forms.add(tuple(form.values()))
+        layout = "%A, " * form["weekday"] + "%B %d, %Y"
+        text = english if form["year"] else f"{english}, 2000"
+        day = datetime.datetime.strptime(f"{text} Z", f"{layout} %z").date()
+        assert data.chinese_date(day, **form) == chinese
+        assert data.english_date(day, **form) == english  # the weekday is the right one
+        assert 1900 <= day.year < 2100
+    assert forms == {(False, False), (True, False), (True, True)}
+    assert data.date_pairs(2000, seed=3) == pairs
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: data.chinese_number(-1), "0 to 99,999,999, not -1"),
+        (lambda: data.chinese_number(10**8), "not 100000000"),
+        (lambda: data.english_number(10**9), "0 to 999,999,999"),
+        (lambda: data.date_pairs(-1), "at least 0, not -1"),
+        (lambda: data.number_pairs(-1), "at least 0, not -1"),
+        (lambda: data.date_pairs(10**6), "73049 pairs at most"),
+    ],
+)
+def test_requests_that_cannot_be_met_are_refused(call: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        call()
+
+
+def test_english_is_cut_into_words_digits_and_marks() -> None:
+    assert data.english_tokens("Tuesday, March 12, 2024") == [
+        *("Tuesday", ",", "March", "1", "2", ",", "2", "0", "2", "4")
+    ]
+    assert data.english_tokens("I don't know twenty-two.") == [
+        "I",
+        "don't",
+        "know",
+        "twenty",
+        "-",
+        "two",
+        ".",
+    ]
+    assert data.english_tokens("  ") == []
+
+
+def test_a_vocabulary_numbers_tokens_and_back() -> None:
+    vocabulary = data.Vocabulary([["b", "a"], ["a", "c", "a"]], min_count=1)
+    assert vocabulary.tokens == ["<pad>", "<bos>", "<eos>", "<unk>", "b", "a", "c"]
+    assert len(vocabulary) == 7
+    assert vocabulary.encode(["a", "z"]) == [5, data.UNKNOWN, data.EOS]
+    assert vocabulary.decode([5, 4, data.EOS, 6, data.EOS]) == ["a", "b"]
+    assert vocabulary.decode([5, 4]) == ["a", "b"]
+    assert data.Vocabulary([["b", "a"], ["a"]], min_count=2).tokens[4:] == ["a"]
+
+
+def test_sequences_are_padded_behind() -> None:
+    padded = data.pad_sequences([[5, 6, 2], [7, 2]])
+    assert padded.tolist() == [[5, 6, 2], [7, 2, data.PAD]]
+    assert padded.dtype == torch.int64
+
+
+def test_translations_are_read_from_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIANLIB_DATA", str(tmp_path))
+    with pytest.raises(DataError, match=r"cmn.txt from www.manythings.org/anki there, or set DIANLIB_DATA"):
+        data.translations()
+    (tmp_path / "text").mkdir()
+    file = tmp_path / "text" / "cmn.txt"
+    file.write_text("Hi.\t嗨。\nHi.\t你好。\nRun.\t跑。\tattribution\n", encoding="utf-8")
+    assert data.translations() == [("Hi.", "嗨。"), ("Hi.", "你好。"), ("Run.", "跑。")]
+    file.write_text("Hi.\t嗨。\nno tab\n", encoding="utf-8")
+    with pytest.raises(DataError, match="line 2 holds no English and Chinese"):
+        data.translations()
+    file.write_text("", encoding="utf-8")
+    with pytest.raises(DataError, match="damaged"):
+        data.translations()
+    file.write_bytes(b"Hi.\t\xff\n")
+    with pytest.raises(DataError, match="not UTF-8"):
+        data.translations()
+
+
+@pytest.mark.skipif(
+    not (Path(os.environ.get("DIANLIB_DATA", "")) / "text" / "cmn.txt").is_file(),
+    reason="reads text/cmn.txt; set DIANLIB_DATA to a folder that has it",
+)
+def test_the_real_translations() -> None:
+    pairs = data.translations()
+    assert len(pairs) == 29_155
+    assert pairs[0] == ("Hi.", "嗨。")
+    assert len({english for english, _ in pairs}) == 27_661

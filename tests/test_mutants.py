@@ -89,6 +89,8 @@ EQUIVALENT = {
         ),
         'answers["parameters"] = sum(a * b ^ b for a, b in pairwise(sizes_with_five_hidden_layers))': (
             "the two numbers share no binary digit, so `exclusive or` adds them"
+        ),
+    },
     "rnn.clip_grad_norm": {
         "if norm >= max_norm:": "at the bound itself the factor is 1",
     },
@@ -109,6 +111,7 @@ EQUIVALENT = {
         'answers["time steps"] = n_pixels // (layer_input ^ n_hidden)': (
             "128 is one binary digit of 912, so `exclusive or` takes it away"
         ),
+    },
     "lstm.hidden_size_at_budget": {
         "size = 0": "the search may begin one lower: a layer without units always fits",
     },
@@ -119,6 +122,42 @@ EQUIVALENT = {
     "lstm.read_a_memory": {
         'answers["bias for 200"] = math.log(wanted / (1 % wanted))': "a remainder that is 1 - wanted",
         'answers["bias for 200"] = math.log(wanted // (1 - wanted))': "288.04 rounded down: the fifth digit",
+    },
+    "seq2seq.Encoder": {
+        "self.gru = nn.GRU(hidden_size, hidden_size // 2, batch_first=False, bidirectional=True)": (
+            "a packed batch has no batch axis"
+        ),
+    },
+    "seq2seq.greedy_decode": {
+        "ended = ended + (token == eos)": "the sum of two truth values is their `or`",
+    },
+    "seq2seq.grade_this": {
+        "pass  # return True": "a test that returns nothing accepts, like one made of assert statements",
+        "query, keys = torch.tensor([[0.2], [0.5]]), torch.arange(6.0).reshape(2, 3, 1) - 5": (
+            "any unequal keys serve"
+        ),
+        "query, keys = torch.tensor([[0.2], [0.5]]), torch.arange(6.0).reshape(2, 3, 1) % 5": (
+            "any unequal keys serve"
+        ),
+        "query, keys = torch.tensor([[1.2], [0.5]]), torch.arange(6.0).reshape(2, 3, 1) / 5": (
+            "any queries serve"
+        ),
+        "query, keys = torch.tensor([[-0.8], [0.5]]), torch.arange(6.0).reshape(2, 3, 1) / 5": (
+            "any queries serve"
+        ),
+        "query, keys = torch.tensor([[0.2], [1.5]]), torch.arange(6.0).reshape(2, 3, 1) / 5": (
+            "any queries serve"
+        ),
+        "query, keys = torch.tensor([[0.2], [-0.5]]), torch.arange(6.0).reshape(2, 3, 1) / 5": (
+            "any queries serve"
+        ),
+        "query, keys = torch.tensor([[0.2], [0.5]]), torch.arange(6.0).reshape(2, 3, 1) / 6": (
+            "any unequal keys serve"
+        ),
+        "query, keys = torch.tensor([[0.2], [0.5]]), torch.arange(6.0).reshape(2, 3, 1) / 4": (
+            "any unequal keys serve"
+        ),
+        "for b, length in enumerate((2, 4)):": "a slice ends with its tensor, after 3",
     },
 }
 

@@ -1,3 +1,4 @@
+import re
 from collections.abc import Iterator
 from itertools import combinations
 
@@ -5,6 +6,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from bs4 import BeautifulSoup
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from numpy.typing import NDArray
@@ -207,3 +209,42 @@ def test_an_image_grid_needs_grey_images(shape: tuple[int, ...]) -> None:
 def test_titles_must_fit_the_images() -> None:
     with pytest.raises(ValueError, match="1 titles for 2 images"):
         plotting.image_grid(np.zeros((2, 8, 8)), ["one"])
+
+
+# ----- a heat map made of text ---------------------------------------------------------------------------
+
+
+def text_heat_map() -> BeautifulSoup:
+    weights = [[0.0, 0.004, 0.996], [0.25, 0.75, 0.0]]
+    drawn = plotting.text_heat_map(
+        weights, ["<b>", "May"], ["五", "月", "end"], caption="Weights & rows", column_language="zh-Hans"
+    )
+    return BeautifulSoup(drawn.data, "html.parser")
+
+
+def test_a_text_heat_map_is_a_table_that_can_be_read_aloud() -> None:
+    soup = text_heat_map()
+    assert [cell.get_text() for cell in soup.select("th[scope=col]")] == ["五", "月", "end"]
+    assert [cell.get_text() for cell in soup.select("th[scope=row]")] == ["<b>", "May"]
+    assert soup.caption.get_text() == soup.div["aria-label"] == "Weights & rows"
+    assert soup.find("th", string="五").find_parent(lang="zh-Hans")
+    assert soup.find("th", string="May")["lang"] == "en"
+    rows = [[cell.get_text() for cell in row.select("td")] for row in soup.select("tr")]
+    assert rows == [[""], ["", "", "100"], ["25", "75", ""]]
+
+
+def test_the_percents_of_a_text_heat_map_can_be_read_on_every_colour() -> None:
+    cells = plotting.text_heat_map(
+        np.linspace(0, 1, 101).reshape(1, -1), ["row"], [str(n) for n in range(101)], caption="all"
+    )
+    for cell in BeautifulSoup(cells.data, "html.parser").select("tr:nth-of-type(2) td"):
+        numbers = [int(part) for part in re.findall(r"\d+", cell["style"].split(";")[0])]
+        ink = np.array(to_rgb(re.search(r"(?<!-)color: (#\w+)", cell["style"])[1]))
+        assert contrast(np.array(numbers) / 255, ink) >= 4.5
+
+
+def test_a_text_heat_map_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="do not fit shape"):
+        plotting.text_heat_map([[0.5]], ["a", "b"], ["c"], caption="x")
+    with pytest.raises(ValueError, match=r"values from 0 to 1, not 1\.5"):
+        plotting.text_heat_map([[1.5]], ["a"], ["c"], caption="x")

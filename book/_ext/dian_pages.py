@@ -10,7 +10,7 @@ from sphinx.application import Sphinx
 from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util.typing import ExtensionMetadata
 
-CHINESE = re.compile(r"[\u3400-\u9fff\uff08\uff09\u3001\u3002\uff0c]+")
+CHINESE = re.compile(r"[\u3007\u3400-\u9fff\uff08\uff09\u3001\u3002\uff0c]+")
 DESCRIPTION_LENGTH = 200  # search engines cut longer descriptions
 
 

@@ -8,9 +8,7 @@ from types import MappingProxyType
 from dianlib.checks.task import Task
 
 # The chapters that have an assignment. A new chapter adds its slug here.
-CHAPTERS = ("metrics", "mlp", "search")
-CHAPTERS = ("metrics", "mlp", "rnn")
-CHAPTERS = ("metrics", "mlp", "lstm")
+CHAPTERS = ("metrics", "mlp", "search", "rnn", "lstm", "seq2seq")
 
 # The modules that hold the answers of a chapter. Students may import them in the chapters after it.
 REFERENCES = {
@@ -19,6 +17,7 @@ REFERENCES = {
     "search": ("dianlib.search",),
     "rnn": ("dianlib.rnn",),
     "lstm": ("dianlib.lstm",),
+    "seq2seq": ("dianlib.seq2seq",),
 }
 TOOLS = ("dianlib.data", "dianlib.plotting")
 

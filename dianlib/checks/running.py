@@ -90,6 +90,25 @@ class Recurrent:
 
 
 @dataclass(frozen=True)
+class DecoderParts:
+    """A decoder of given weights: an embedding (V, E), a GRU cell and a readout, and a way to attend.
+
+    ``cell`` holds the four tensors of nn.GRUCell, ``readout`` the two of nn.Linear.
+    """
+
+    embedding: Tensor
+    cell: tuple[Tensor, ...]
+    readout: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """A model that scores the next token: at its call t a last token k of row b gets scores[t, b, k], (V,)."""
+
+    scores: Tensor
+
+
+@dataclass(frozen=True)
 class Source:
     """A function given as source text: ``name`` is the function to take from it."""
 
@@ -285,12 +304,60 @@ def make(spec: Any, made: Mapping[str, Any] = MappingProxyType({})) -> Any:
                 for parameter, value in zip(module.parameters(), spec.state, strict=True):
                     parameter.copy_(value)
             return module
+        case DecoderParts():
+            return _Decoder(spec)
+        case NextToken():
+            return _next_token(spec.scores)
         case Source():
             namespace: dict[str, Any] = {"torch": torch, "Tensor": Tensor}
             exec(spec.text, namespace)
             return namespace[spec.name]
         case _:
             return spec
+
+
+class _Decoder(nn.Module):
+    """What DecoderParts describes. It attends to the keys that are near the query."""
+
+    def __init__(self, spec: DecoderParts) -> None:
+        super().__init__()
+        hidden_size = spec.cell[1].shape[1]
+        self.embedding = nn.Embedding.from_pretrained(spec.embedding.clone(), freeze=False)
+        self.cell = nn.GRUCell(spec.cell[0].shape[1], hidden_size)
+        self.readout = nn.Linear(spec.readout[0].shape[1], spec.readout[0].shape[0])
+        given = [*zip(self.cell.parameters(), spec.cell, strict=True)]
+        given += zip(self.readout.parameters(), spec.readout, strict=True)
+        with torch.no_grad():
+            for parameter, value in given:
+                parameter.copy_(value)
+
+    def attend(
+        self, query: Tensor, keys: Tensor, mask: Tensor | None = None, projected: None = None
+    ) -> tuple[Tensor, Tensor]:
+        # Nothing is projected here; the argument is that of dianlib.seq2seq.Decoder.
+        scores = -(keys - query.unsqueeze(1)).abs().sum(dim=-1)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
+        weights = scores.softmax(dim=-1)
+        return (weights.unsqueeze(-1) * keys).sum(dim=1), weights
+
+
+def _next_token(scores: Tensor) -> Any:
+    """Return a step for decoding that counts its own calls, as a model that keeps its state does."""
+    calls = 0
+
+    def step(token: Tensor) -> Tensor:
+        nonlocal calls
+        if not isinstance(token, Tensor) or token.shape != scores.shape[1:2]:
+            shape = tuple(token.shape) if isinstance(token, Tensor) else type(token).__name__
+            raise ValueError(
+                f"step takes the last token of each row, shape ({scores.shape[1]},), not {shape}"
+            )
+        now = scores[min(calls, len(scores) - 1)]
+        calls += 1
+        return now[torch.arange(len(token)), token].clone()
+
+    return step
 
 
 def _leaves(value: Any, name: str) -> dict[str, Any]:

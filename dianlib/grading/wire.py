@@ -20,17 +20,19 @@ from torch import Tensor
 from dianlib.checks.running import (
     Batches,
     Data,
+    DecoderParts,
     Foreign,
     Layer,
     Loss,
     Momentum,
     Net,
+    NextToken,
     Outcome,
     Parameters,
     Probe,
-    Trial,
     Recurrent,
     Tensors,
+    Trial,
 )
 
 MAX_HEADER = 8 << 20
@@ -72,9 +74,23 @@ class Sealed:
 # What a probe may be made of. A new kind of specification in dianlib.checks.running is added here.
 SPECIFICATIONS: dict[str, type[Any]] = {
     kind.__name__: kind
-    for kind in (Batches, Data, Foreign, Loss, Momentum, Net, Parameters, Probe, Sealed, Trial)
-    for kind in (Batches, Foreign, Loss, Momentum, Net, Parameters, Probe, Recurrent, Sealed)
-    for kind in (Batches, Foreign, Layer, Loss, Momentum, Net, Parameters, Probe, Sealed, Tensors)
+    for kind in (
+        Batches,
+        Data,
+        DecoderParts,
+        Foreign,
+        Layer,
+        Loss,
+        Momentum,
+        Net,
+        NextToken,
+        Parameters,
+        Probe,
+        Recurrent,
+        Sealed,
+        Tensors,
+        Trial,
+    )
 }
 
 Buffers = list[bytes]

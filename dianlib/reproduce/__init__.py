@@ -18,6 +18,7 @@ EXPERIMENTS = {
     "search": "six depths, ten trials, one test set: what holds, measured again",
     "rnn": "recurrent networks on Fashion-MNIST, and a collapse",
     "recall": "how far recurrent networks remember: one symbol, 10 to 200 steps back",
+    "translate": "Chinese to English: one fixed vector against attention",
 }
 
 
