@@ -15,7 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, allclose
 
-from dianlib.checks.running import Foreign, Outcome, Parameters, Probe, run, run_all, usual_surroundings
+from dianlib.checks.running import (
+    Foreign,
+    Outcome,
+    Parameters,
+    Probe,
+    Tensors,
+    run,
+    run_all,
+    usual_surroundings,
+)
 from dianlib.checks.task import Candidate, Fault, Task
 
 RELATIVE, ABSOLUTE = 1e-4, 1e-5
@@ -393,6 +402,8 @@ def _show(value: Any) -> str:
     if isinstance(value, Parameters):
         pairs = zip(value.values, value.gradients, strict=True)
         return "; ".join(f"{_show(v)} with gradient {None if g is None else _show(g)}" for v, g in pairs)
+    if isinstance(value, Tensors):
+        return f"({', '.join(_show(part) for part in value.values)})"
     if isinstance(value, Tensor):
         if value.numel() > 30:
             return f"a tensor of shape {tuple(value.shape)}"
