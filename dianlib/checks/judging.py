@@ -15,7 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, allclose
 
-from dianlib.checks.running import Data, Foreign, Outcome, Parameters, Probe, run, run_all, usual_surroundings
+from dianlib.checks.running import (
+    Data,
+    Foreign,
+    Outcome,
+    Parameters,
+    Probe,
+    Tensors,
+    run,
+    run_all,
+    usual_surroundings,
+)
 from dianlib.checks.task import Candidate, Fault, Task
 
 RELATIVE, ABSOLUTE = 1e-4, 1e-5
@@ -397,6 +407,8 @@ def _show(value: Any) -> str:
     if isinstance(value, Data):
         text = repr(value.value)
         return text if len(text) <= 400 else ""
+    if isinstance(value, Tensors):
+        return f"({', '.join(_show(part) for part in value.values)})"
     if isinstance(value, Tensor):
         if value.numel() > 30:
             return f"a tensor of shape {tuple(value.shape)}"

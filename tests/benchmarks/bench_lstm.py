@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dianlib import lstm
 
-ROUNDS = 15
+ROUNDS = 9
 # Batch, steps, inputs, hidden size: rows of an image, and a longer, wider sequence.
 SHAPES = {"short": (64, 28, 28, 128), "long": (64, 100, 64, 256)}
 # How many times torch's seconds ours may take; on this shape, in this much noise.
