@@ -28,7 +28,7 @@ def unroll(
     bias_hh: Tensor,
     activation: Callable[[Tensor], Tensor] = torch.tanh,
 ) -> Tensor:
-    """Apply the cell T times: xs (B, T, F), first state (B, H) -> all states (B, T, H).
+    """Apply the cell T times: xs (B, T, F), h0 (B, H) -> all states (B, T, H).
 
     Raises ValueError when there is no step.
     """
@@ -37,18 +37,18 @@ def unroll(
     # The inputs wait for no state, so one product serves all steps.
     inputs = xs @ weight_ih.T + (bias_ih + bias_hh)
     h, states = h0, []
-    # unbind, not inputs[:, t]: each such index would add a gradient as large as all of inputs.
+    # unbind, not inputs[:, t]: each such index has a gradient as large as all of inputs.
     for x in inputs.unbind(dim=1):
-        h = activation(torch.addmm(x, h, weight_hh.T))  # x + h @ weight_hh.T in one call
+        h = activation(torch.addmm(x, h, weight_hh.T))  # x + h @ weight_hh.T
         states.append(h)
     return torch.stack(states, dim=1)
 
 
 class RNN(nn.Module):
-    """One recurrent layer: (B, T, F) -> the states (B, T, H), from the state h0 (B, H) or from zeros.
+    """One recurrent layer: (B, T, F) -> the states (B, T, H), from h0 (B, H) or zeros.
 
-    The parameters have the names and the first values of torch.nn.RNN, so that a state_dict fits
-    both. The activation is tanh unless another one is given.
+    The parameters have the names and the first values of torch.nn.RNN, so that a
+    state_dict fits both. The activation is tanh unless another one is given.
     """
 
     def __init__(
@@ -63,18 +63,20 @@ class RNN(nn.Module):
         self.weight_hh_l0 = nn.Parameter(torch.empty(hidden_size, hidden_size))
         self.bias_ih_l0 = nn.Parameter(torch.empty(hidden_size))
         self.bias_hh_l0 = nn.Parameter(torch.empty(hidden_size))
+        bound = 1 / math.sqrt(hidden_size)
         for parameter in self.parameters():
-            nn.init.uniform_(parameter, -1 / math.sqrt(hidden_size), 1 / math.sqrt(hidden_size))
+            nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, xs: Tensor, h0: Tensor | None = None) -> Tensor:
-        weights = self.weight_ih_l0, self.weight_hh_l0, self.bias_ih_l0, self.bias_hh_l0
         if h0 is None:
             h0 = xs.new_zeros(len(xs), len(self.bias_hh_l0))
-        return unroll(xs, h0, *weights, activation=self.activation)
+        weights = self.weight_ih_l0, self.weight_hh_l0
+        biases = self.bias_ih_l0, self.bias_hh_l0
+        return unroll(xs, h0, *weights, *biases, activation=self.activation)
 
 
 class RNNClassifier(nn.Module):
-    """Read a sequence step by step and classify it by its last state: (B, T, F) -> logits (B, C).
+    """Classify a sequence by the last state: (B, T, F) -> logits (B, C).
 
     ``RNNClassifier(28, 128, 10)`` takes images (B, 28, 28) row by row, from the top.
     """
@@ -105,17 +107,20 @@ def bptt_gradient(
     bias_hh: Tensor,
     grad_last: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Go back through time by hand: from dL / dh_T (B, H) to the gradients of the weights.
+    """Go back through time by hand: from dL / dh_T (B, H) to the weights.
 
-    Returns dL / dweight_ih (H, F), dL / dweight_hh (H, H) and dL / dbias (H,); the last one holds for both
-    biases. The cell is the one of `rnn_cell` (Rumelhart, Hinton and Williams 1986; Werbos 1990).
+    Returns dL / dweight_ih (H, F), dL / dweight_hh (H, H) and dL / dbias (H,); the last
+    one holds for both biases. The cell is the one of `rnn_cell` (Rumelhart, Hinton and
+    Williams 1986; Werbos 1990).
     """
-    states = [h0, *unroll(xs, h0, weight_ih, weight_hh, bias_ih, bias_hh).unbind(dim=1)]
-    grad_weight_ih, grad_weight_hh = torch.zeros_like(weight_ih), torch.zeros_like(weight_hh)
+    states = unroll(xs, h0, weight_ih, weight_hh, bias_ih, bias_hh)
+    states_and_first = [h0, *states.unbind(dim=1)]
+    grad_weight_ih = torch.zeros_like(weight_ih)
+    grad_weight_hh = torch.zeros_like(weight_hh)
     grad_bias = torch.zeros_like(bias_hh)
     grad_h = grad_last
     for t in reversed(range(xs.shape[1])):
-        new, old = states[t + 1], states[t]
+        new, old = states_and_first[t + 1], states_and_first[t]
         grad_a = grad_h * (1 - new**2)  # through tanh: its slope is 1 - tanh^2
         # The weights are the same in every step, so what each step says is added up.
         grad_weight_ih += grad_a.T @ xs[:, t]
@@ -138,14 +143,14 @@ def gradient_by_distance(model: Callable[[Tensor], Tensor], xs: Tensor) -> Tenso
 
 @torch.no_grad()
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> float:
-    """Shrink all gradients by one factor, in place, so that their common norm is at most max_norm.
+    """Shrink all gradients by one factor, in place, to a common norm of at most max_norm.
 
-    Returns the norm before. A parameter without a gradient is left out
-    (Pascanu, Mikolov and Bengio 2013, algorithm 1). Raises ValueError when max_norm is not positive.
+    Returns the norm before. A parameter without a gradient is left out (Pascanu, Mikolov
+    and Bengio 2013, algorithm 1). Raises ValueError when max_norm is not positive.
     """
     if max_norm <= 0:
         raise ValueError(f"max_norm must be above 0, not {max_norm}.")
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None]
     norm = math.sqrt(sum(gradient.pow(2).sum().item() for gradient in gradients))
     if norm > max_norm:
         for gradient in gradients:
