@@ -1654,7 +1654,7 @@ GRADE_THIS = Task(
         ),
         Fault(
             "test-with-equal-matrices",
-            "w_query and w_key are equal in your test, so exchanging them goes unseen.",
+            "The matrices w_query and w_key are equal in your test, so exchanging them goes unseen.",
             "Use two different matrices.",
             LOOK,
             implementations=[_examine_equal_matrices],
