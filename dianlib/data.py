@@ -97,11 +97,15 @@ def digits(seed: int = 0) -> ImageData:
     three parts. Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits,
     UCI Machine Learning Repository, 1998 (its test part).
     """
-    return copy.deepcopy(_digits(seed))  # whoever changes the images changes only their own
+    if seed not in KNOWN_DIGITS:
+        KNOWN_DIGITS[seed] = _read_digits(seed)
+    return copy.deepcopy(KNOWN_DIGITS[seed])  # whoever changes the images changes only their own
 
 
-@cache
-def _digits(seed: int) -> ImageData:
+KNOWN_DIGITS: dict[int, ImageData] = {}  # by seed
+
+
+def _read_digits(seed: int) -> ImageData:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

@@ -84,6 +84,13 @@ def test_digits_have_the_same_share_of_each_class_in_every_part() -> None:
         assert (labels.bincount() - expected).abs().max() <= 1
 
 
+def test_whoever_changes_the_digits_changes_only_their_own() -> None:
+    first = data.digits()
+    wanted = first.train_images.clone()
+    first.train_images.zero_()
+    assert torch.equal(data.digits().train_images, wanted)
+
+
 def test_the_seed_decides_the_split_of_the_digits() -> None:
     first, again, other = data.digits(seed=1), data.digits(seed=1), data.digits(seed=2)
     assert torch.equal(first.test_images, again.test_images)

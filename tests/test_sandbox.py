@@ -20,6 +20,7 @@ import pytest
 from assignment import ROOT
 from traitlets.config import Config
 
+from dianlib import data
 from dianlib.checks.registry import CHAPTERS, open_modules
 from dianlib.grading import sandbox as outside
 from dianlib.grading import wire
@@ -770,6 +771,18 @@ def test_a_folder_among_the_programs_is_empty_inside() -> None:
     finally:
         box.close()
         made.close()
+
+
+def test_the_digits_are_at_hand_without_the_libraries_that_read_them(box: Box) -> None:
+    source = """
+import sys
+from dianlib.data import digits
+print("sklearn" in sys.modules, digits().test_images.sum().item(), "sklearn" in sys.modules)
+print(digits(seed=1).test_images.sum().item())
+"""
+    answer, _ = box.ask({"do": "cell", "source": source, "seconds": 30.0}, seconds=35.0)
+    ours = [data.digits(seed).test_images.sum().item() for seed in (0, 1)]
+    assert answer["text"] == f"False {ours[0]} False\n{ours[1]}\n"
 
 
 def test_a_course_beside_the_data_is_empty_inside(tmp_path: Path) -> None:

@@ -219,8 +219,6 @@ class Bench:
         with usual_surroundings():
             self.probes = task.probes(torch.Generator().manual_seed(seed))
         self.right = [run_all(answer, self.probes) for answer in (task.reference, *task.accepts)]
-        self._forms = [(fault, form) for fault in task.mistakes for form in task.forms(fault)]
-        self._combinations = task.combinations()
         self._kept: dict[Candidate, list[Outcome]] = {}
 
     def expected(self, outcomes: list[Outcome]) -> list[Outcome]:
@@ -233,12 +231,13 @@ class Bench:
 
     def diagnose(self, outcomes: list[Outcome], wanted: list[Outcome]) -> Diagnosis:
         """Name what explains the outcomes: one mistake, else several together, else a sign, else nothing."""
-        single = [fault for fault, form in self._forms if self._explains(form, outcomes)]
+        forms = [(fault, form) for fault in self.task.mistakes for form in self.task.forms(fault)]
+        single = [fault for fault, form in forms if self._explains(form, outcomes)]
         if single:
             return Diagnosis(tuple({fault.id: fault for fault in single}.values()))
         several = [
             {fault.id: fault for fault in faults}
-            for faults, form in self._combinations
+            for faults, form in self.task.combinations
             if self._explains(form, outcomes)
         ]
         if several:

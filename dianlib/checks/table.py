@@ -130,7 +130,7 @@ def trials(task: Task, seed: int = 0) -> Iterator[Trial]:
             report = grade(task.id, form, seed)
             ok = report.diagnosis == (fault.id,) and not report.passed
             yield Trial(task.id, "mistake", f"{fault.id}, form {number}", ok, report)
-    for faults, form in task.combinations():
+    for faults, form in task.combinations:
         report = grade(task.id, form, seed)
         # One mistake can hide the other: then the one that shows must be named, and no further one.
         names = {fault.id for fault in faults}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -85,6 +85,7 @@ class Task:
             fault.implementations
         )
 
+    @cached_property  # there may be hundreds, and a grader needs them for each wrong answer
     def combinations(self) -> list[tuple[tuple[Fault, ...], Candidate]]:
         """All pairs of mistakes on different settings, and a pair that comes often with every third one."""
         single = [(fault, setting) for fault in self.mistakes for setting in fault.settings]

@@ -206,7 +206,7 @@ class Sandbox:
         return self._log.read(100_000)
 
     def _imports(self) -> Iterator[str]:
-        yield from ("pyseccomp", "torch._dynamo", "numpy", "sklearn.datasets")
+        yield from ("pyseccomp", "torch._dynamo", "numpy")
         yield from self.modules
 
     def _test(self) -> None:

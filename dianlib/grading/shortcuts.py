@@ -196,6 +196,28 @@ class _Scope:
         return found
 
 
+@functools.lru_cache(maxsize=256)
+def _own_attributes(source: str) -> frozenset[str]:
+    """Return the names of attributes that a cell defines somewhere."""
+    found: set[str] = set()
+    for node in ast.walk(_parse(source) or ast.Module([], [])):
+        match node:
+            case ast.ClassDef():
+                found.update(part.name for part in node.body if isinstance(part, ast.FunctionDef))
+            case ast.Attribute(ctx=ast.Store()):
+                found.add(node.attr)
+            case ast.keyword(arg=str() as name):  # SimpleNamespace(relu=...)
+                found.add(name)
+    return frozenset(found)
+
+
+@functools.lru_cache(maxsize=1024)
+def _global_names(function: ast.FunctionDef) -> frozenset[str]:
+    """Return the names that a function declares as global."""
+    declared = (node for node in ast.walk(function) if isinstance(node, ast.Global))
+    return frozenset(name for node in declared for name in node.names)
+
+
 class _Notebook:
     """All cells: their trees, and what their names mean when they have run from top to bottom."""
 
@@ -213,19 +235,7 @@ class _Notebook:
             for statement in tree.body:
                 with contextlib.suppress(RecursionError):  # an expression of a thousand levels
                     self.bind([statement], self.scope)
-        self.own_attributes = {*self._own_attributes(), *self.attributes}
-
-    def _own_attributes(self) -> Iterator[str]:
-        """Yield the names of attributes that the notebook itself defines somewhere."""
-        for _, tree in self.cells:
-            for node in ast.walk(tree):
-                match node:
-                    case ast.ClassDef():
-                        yield from (part.name for part in node.body if isinstance(part, ast.FunctionDef))
-                    case ast.Attribute(ctx=ast.Store()):
-                        yield node.attr
-                    case ast.keyword(arg=str() as name):  # SimpleNamespace(relu=...)
-                        yield name
+        self.own_attributes = {*self.attributes}.union(*map(_own_attributes, read))
 
     # -- binding names --
 
@@ -320,7 +330,7 @@ class _Notebook:
 
     def _bind_globals(self, function: ast.FunctionDef) -> None:
         """Enter the names of the notebook that a function may set."""
-        names = {name for node in ast.walk(function) if isinstance(node, ast.Global) for name in node.names}
+        names = _global_names(function)
         if names:
             inside = _Scope(self.scope)
             self.bind(function.body, inside, sure=False)

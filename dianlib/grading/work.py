@@ -7,6 +7,7 @@ import stat
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 
 from filelock import BaseFileLock, Timeout
@@ -45,7 +46,7 @@ class Work:
     def records(self) -> Path:
         return self.course / "records"
 
-    @property
+    @cached_property
     def seed(self) -> str:
         return records.seed(self.records, self.assignment, self.student, self.submission)
 
