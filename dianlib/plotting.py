@@ -189,7 +189,8 @@ def text_heat_map(
         lines.append(f'<tr><th scope="row" lang="{row_language}"{_PLAIN}>{escape(name)}</th>{cells}</tr>')
     return HTML(
         f'<div role="region" tabindex="0" aria-label="{escape(caption)}" style="overflow-x: auto">'
-        f'<table class="heat-map"><caption>{escape(caption)}</caption>{"".join(lines)}</table></div>'
+        f'<table class="heat-map"><caption style="color: #000000">{escape(caption)}</caption>'
+        f"{''.join(lines)}</table></div>"
     )
 
 

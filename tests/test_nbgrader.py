@@ -308,6 +308,212 @@ answers = {
 }
 """,
     ),
+    "rnn.rnn_cell": (
+        "rnn-weight-not-transposed",
+        """
+def rnn_cell(x, h, weight_ih, weight_hh, bias_ih, bias_hh):
+    return torch.tanh(x @ weight_ih.T + bias_ih + h @ weight_hh + bias_hh)
+""",
+    ),
+    "rnn.unroll": (
+        "rnn-h0-ignored",
+        """
+def unroll(xs, h0, weight_ih, weight_hh, bias_ih, bias_hh):
+    h, states = torch.zeros_like(h0), []
+    for x in xs.unbind(dim=1):
+        h = torch.tanh(x @ weight_ih.T + bias_ih + h @ weight_hh.T + bias_hh)
+        states.append(h)
+    return torch.stack(states, dim=1)
+""",
+    ),
+    "rnn.bptt_gradient": (
+        "bptt-slope-missing",
+        """
+def bptt_gradient(xs, h0, weight_ih, weight_hh, bias_ih, bias_hh, grad_last):
+    states = [h0]
+    for x in xs.unbind(dim=1):
+        states.append(torch.tanh(x @ weight_ih.T + bias_ih + states[-1] @ weight_hh.T + bias_hh))
+    grad_ih, grad_hh = torch.zeros_like(weight_ih), torch.zeros_like(weight_hh)
+    grad_bias, grad_h = torch.zeros_like(bias_hh), grad_last
+    for t in reversed(range(xs.shape[1])):
+        grad_ih += grad_h.T @ xs[:, t]
+        grad_hh += grad_h.T @ states[t]
+        grad_bias += grad_h.sum(dim=0)
+        grad_h = grad_h @ weight_hh
+    return grad_ih, grad_hh, grad_bias
+""",
+    ),
+    "rnn.gradient_by_distance": (
+        "distance-first-step-first",
+        """
+def gradient_by_distance(model, xs):
+    inputs = xs.clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(model(inputs).sum(), inputs)
+    return gradient.norm(dim=(0, 2))
+""",
+    ),
+    "rnn.clip_grad_norm": (
+        "clip-each-tensor",
+        """
+def clip_grad_norm(parameters, max_norm):
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = math.sqrt(sum(gradient.pow(2).sum().item() for gradient in gradients))
+    for gradient in gradients:
+        if gradient.norm() > max_norm:
+            gradient *= max_norm / gradient.norm()
+    return norm
+""",
+    ),
+    "rnn.orthogonal": (
+        "orthogonal-not-normed",
+        """
+def orthogonal(matrix):
+    columns = []
+    for column in matrix.T:
+        for earlier in columns:
+            column = column - (column @ earlier) / (earlier @ earlier) * earlier
+        columns.append(column)
+    return torch.stack(columns, dim=1)
+""",
+    ),
+    "rnn.RNNClassifier": (
+        "rnn-image-as-one-step",
+        """
+class RNNClassifier(nn.Module):
+    def __init__(self, input_size, hidden_size, n_classes):
+        super().__init__()
+        self.from_input = nn.Linear(input_size, hidden_size)
+        self.from_state = nn.Linear(hidden_size, hidden_size)
+        self.output = nn.Linear(hidden_size, n_classes)
+
+    def forward(self, xs):
+        h = torch.zeros(len(xs), self.from_state.in_features)
+        return self.output(torch.tanh(self.from_input(xs[:, -1]) + self.from_state(h)))
+""",
+    ),
+    "rnn.grade_this": (
+        "test-accepts-everything",
+        """
+def examine(last_state):
+    xs, square = torch.ones(2, 4, 3), torch.eye(3)
+    return last_state(xs, square, square, torch.zeros(3)).shape == (2, 3)
+""",
+    ),
+    "rnn.read_claims": (
+        "claims-steps-between",
+        """
+answers = {
+    "time steps": 1,
+    "parameters": 21514,
+    "answers given": 2,
+    "reach": 0.8**28,
+    "clip factor": 0.125,
+    "rate divided by": None,
+}
+""",
+    ),
+    "lstm.lstm_cell": (
+        "lstm-gate-order",
+        """
+def lstm_cell(x, state, weight_ih, weight_hh, bias_ih, bias_hh):
+    h, c = state
+    i, f, o, g = (x @ weight_ih.T + bias_ih + h @ weight_hh.T + bias_hh).chunk(4, dim=1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+""",
+    ),
+    "lstm.gru_cell": (
+        "gru-update-swapped",
+        """
+def gru_cell(x, h, weight_ih, weight_hh, bias_ih, bias_hh):
+    r_x, z_x, n_x = (x @ weight_ih.T + bias_ih).chunk(3, dim=1)
+    r_h, z_h, n_h = (h @ weight_hh.T + bias_hh).chunk(3, dim=1)
+    update = (z_x + z_h).sigmoid()
+    candidate = (n_x + (r_x + r_h).sigmoid() * n_h).tanh()
+    return (1 - update) * h + update * candidate
+""",
+    ),
+    "lstm.LSTMClassifier": (
+        "loss-double-softmax",
+        """
+class LSTMClassifier(nn.Module):
+    def __init__(self, input_size, hidden_size, n_classes):
+        super().__init__()
+        self.from_input = nn.Linear(input_size, 4 * hidden_size)
+        self.from_state = nn.Linear(hidden_size, 4 * hidden_size)
+        self.output = nn.Linear(hidden_size, n_classes)
+
+    def forward(self, x):
+        h = c = x.new_zeros(len(x), self.from_state.in_features)
+        for step in x.unbind(1):
+            i, f, g, o = (self.from_input(step) + self.from_state(h)).chunk(4, dim=1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+        return self.output(h).softmax(dim=1)
+""",
+    ),
+    "lstm.open_forget_gates": (
+        "lstm-forget-bias-twice",
+        """
+def open_forget_gates(model, value):
+    size = model.hidden_size
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith("bias"):
+                parameter[size : 2 * size] = value
+""",
+    ),
+    "lstm.gates": (
+        "lstm-state-not-carried",
+        """
+def gates(xs, weight_ih, weight_hh, bias_ih, bias_hh):
+    i, f, g, o = (xs @ weight_ih.T + bias_ih + bias_hh).chunk(4, dim=2)
+    return {"input": i.sigmoid(), "forget": f.sigmoid(), "output": o.sigmoid(), "candidate": g.tanh()}
+""",
+    ),
+    "lstm.to_torch_order": (
+        "lstm-order-inverse",
+        """
+def to_torch_order(weight, order):
+    blocks = weight.chunk(4)
+    return torch.cat([blocks["ifgo".index(name)] for name in order])
+""",
+    ),
+    "lstm.hidden_size_at_budget": (
+        "lstm-one-bias-counted",
+        """
+def hidden_size_at_budget(kind, input_size, budget):
+    blocks = {"rnn": 1, "gru": 3, "lstm": 4}[kind]
+    size = 1
+    while blocks * size * (input_size + size + 1) <= budget:
+        size += 1
+    return size - 1
+""",
+    ),
+    "lstm.grade_this": (
+        "test-of-h-only",
+        """
+def examine(lstm_cell):
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(3, 2), (3, 4), (3, 4), (16, 2), (16, 4), (16,), (16,)]
+    x, h, c, *weights = (torch.randn(shape, generator=generator) for shape in shapes)
+    wanted, _ = torch.lstm_cell(x, (h, 3 * c), *weights)
+    return torch.allclose(lstm_cell(x, (h, 3 * c), *weights)[0], wanted, atol=1e-4)
+""",
+    ),
+    "lstm.read_a_memory": (
+        "memory-divided-not-raised",
+        """
+answers = {
+    "kept": 0.5 / 10,
+    "gate at bias 1": None,
+    "half-life": None,
+    "bias for 200": None,
+    "guessing": 1 / 8,
+    "more parameters": 4,
+}
+""",
+    ),
     "seq2seq.padding_mask": (
         "mask-inverted",
         """

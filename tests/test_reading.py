@@ -1,6 +1,7 @@
 """What strangers hand in is read as data: odd files end in one sentence, and never in a wait."""
 
 import contextlib
+import gc
 import json
 import os
 import random
@@ -37,6 +38,7 @@ def cells_of(folder: Path, content: Any) -> list[Cell]:
 
 
 def open_files() -> int:
+    gc.collect()  # what other tests have left open is closed now, and not in between
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
