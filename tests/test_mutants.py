@@ -18,7 +18,7 @@ from assignment import answer_cells, define, items, read
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator, operator_names
 
-from dianlib.checks import grade
+from dianlib.checks import grade, tasks
 from dianlib.checks.registry import CHAPTERS
 
 SEEDS = (0, 7)
@@ -248,12 +248,19 @@ def survives(mutant: Mutant) -> bool:
     return all(grade(mutant.task, names.get(mutant.candidate), seed).passed for seed in SEEDS)
 
 
+def prepare() -> None:
+    """Take one thread, and have less patience: a mutant that never ends is rejected sooner."""
+    torch.set_num_threads(1)
+    for task in tasks().values():
+        object.__setattr__(task, "limit", 2.0)
+
+
 @pytest.fixture(scope="module")
 def graded() -> list[tuple[Mutant, bool]]:
     """Every mutant of every solution, and whether it survived. Two processes share the work."""
     mutants = list(all_mutants())
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(2, mp_context=context, initializer=prepare) as pool:
         return list(zip(mutants, pool.map(survives, mutants, chunksize=8), strict=True))
 
 
