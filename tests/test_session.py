@@ -39,7 +39,7 @@ class OpenSandbox(Sandbox):
 @pytest.fixture(scope="module")
 def sandbox() -> Iterator[Sandbox]:
     modules = {*TOOLS, *(module for slug in CHAPTERS for module in REFERENCES[slug])}
-    checks = ("kinds", "task", "registry", *CHAPTERS)
+    checks = ("judging", "kinds", "task", "registry", *CHAPTERS)
     made = OpenSandbox([*sorted(modules), *(f"dianlib.checks.{n}" for n in checks)])
     yield made
     made.close()

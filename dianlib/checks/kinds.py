@@ -1,13 +1,37 @@
-"""Two kinds of tasks that every assignment has: "grade this", and questions with numbers for answers."""
+"""What tasks of several chapters share: "grade this", questions with numbers for answers, missing gradients."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from inspect import getsource
 
 import torch
+from torch import Tensor
 
+from dianlib.checks.judging import close
 from dianlib.checks.running import Outcome, Probe, Source
 from dianlib.checks.task import Candidate, Fault
+
+
+def randn(generator: torch.Generator, *shape: int) -> Tensor:
+    """Draw numbers from the standard normal distribution."""
+    return torch.randn(shape, generator=generator)
+
+
+# ----- a gradient that is missing -------------------------------------------------------------------------
+
+DETACHED = (
+    "No gradient reaches the input: the result has left autograd.",
+    "Stay with torch operations on tensors; avoid .detach(), .data, .item(), .numpy() and torch.tensor(...) on the way.",
+)
+
+
+def without_gradient(probe: Probe, got: Outcome, wanted: Outcome) -> bool:
+    """Recognise right results, of a network of the right size, from which some gradient is missing."""
+    names = [name for name in wanted.values if name.startswith("result") or name == "number of parameters"]
+    return got.detached and all(close(got.values.get(name), wanted.values[name]) for name in names)
+
+
+# ----- a test to be written, and numbers to be read ---------------------------------------------------------
 
 
 def specimen_probes(

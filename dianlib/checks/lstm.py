@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from dianlib import lstm
-from dianlib.checks.kinds import answer_probes, specimen_probes, verdict_faults, wrong_answer
+from dianlib.checks.judging import close
+from dianlib.checks.kinds import (
+    DETACHED,
+    answer_probes,
+    randn,
+    specimen_probes,
+    verdict_faults,
+    without_gradient,
+    wrong_answer,
+)
 from dianlib.checks.running import Layer, Outcome, Probe, Tensors
 from dianlib.checks.task import Fault, Task
 
@@ -25,40 +34,19 @@ LOOK = "lstm: What do the gates do after training?"
 WRONG = "lstm: Tempting, but wrong"
 CASE = "lstm: The case, solved"
 
-_DETACHED = (
-    "No gradient reaches the input: the result has left autograd.",
-    "Stay with torch operations on tensors; avoid .detach(), .data, .item(), .numpy() and torch.tensor(...) on the way.",
-)
 # The cells and layers of torch: the answers themselves.
 _LSTM = frozenset({"lstm", "lstm_cell", "_thnn_fused_lstm_cell", "mkldnn_rnn_layer"})
 _GRU = frozenset({"gru", "gru_cell", "_thnn_fused_gru_cell"})
-
-
-def _randn(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=generator)
-
-
-def _without_gradient(probe: Probe, got: Outcome, wanted: Outcome) -> bool:
-    """Recognise right results from which some gradient is missing."""
-    names = [name for name in wanted.values if name.startswith("result")]
-    return got.detached and all(_is_close(got.values.get(name), wanted.values[name]) for name in names)
-
-
-def _is_close(a: Any, b: Any) -> bool:
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        return bool(a == b)
-    real = not a.is_complex() and a.shape == b.shape
-    return real and torch.allclose(a.double(), b.double(), 1e-4, 1e-5)
 
 
 def _weights(generator: torch.Generator, n_blocks: int, n_in: int, hidden_size: int) -> dict[str, Tensor]:
     """Draw weights and two biases: the biases are large and differ from block to block."""
     rows = n_blocks * hidden_size
     return {
-        "weight_ih": (_randn(generator, rows, n_in) * 4).round() / 4,
-        "weight_hh": (_randn(generator, rows, hidden_size) * 4).round() / 4,
-        "bias_ih": (_randn(generator, rows) * 4).round() / 4,
-        "bias_hh": (_randn(generator, rows) * 4).round() / 4 + 0.125,
+        "weight_ih": (randn(generator, rows, n_in) * 4).round() / 4,
+        "weight_hh": (randn(generator, rows, hidden_size) * 4).round() / 4,
+        "bias_ih": (randn(generator, rows) * 4).round() / 4,
+        "bias_hh": (randn(generator, rows) * 4).round() / 4 + 0.125,
     }
 
 
@@ -106,9 +94,9 @@ def _bias_faults() -> list[Fault]:
 
 def _cell_probes(generator: torch.Generator) -> list[Probe]:
     def probe(name: str, n: int, n_in: int, hidden_size: int, core: bool = False, cell: float = 1.0) -> Probe:
-        h, c = (_randn(generator, n, hidden_size).tanh(), _randn(generator, n, hidden_size) * cell)
+        h, c = (randn(generator, n, hidden_size).tanh(), randn(generator, n, hidden_size) * cell)
         args = {
-            "x": (_randn(generator, n, n_in) * 4).round() / 4,
+            "x": (randn(generator, n, n_in) * 4).round() / 4,
             "state": Tensors((h, c)),
             **_weights(generator, 4, n_in, hidden_size),
         }
@@ -360,7 +348,7 @@ LSTM_CELL = Task(
             settings=[{"taken": "c, h"}, {"returned": "c, h"}],
         ),
         *_bias_faults(),
-        Fault("backward-detached", *_DETACHED, ROAD, settings=[{"cut": True}], sign=_without_gradient),
+        Fault("backward-detached", *DETACHED, ROAD, settings=[{"cut": True}], sign=without_gradient),
     ],
 )
 
@@ -371,8 +359,8 @@ LSTM_CELL = Task(
 def _gru_probes(generator: torch.Generator) -> list[Probe]:
     def probe(name: str, n: int, n_in: int, hidden_size: int, core: bool = False) -> Probe:
         args = {
-            "x": (_randn(generator, n, n_in) * 4).round() / 4,
-            "h": (_randn(generator, n, hidden_size) * 4).round() / 4,
+            "x": (randn(generator, n, n_in) * 4).round() / 4,
+            "h": (randn(generator, n, hidden_size) * 4).round() / 4,
             **_weights(generator, 3, n_in, hidden_size),
         }
         return Probe(name, args, gradients=tuple(args), core=core)
@@ -524,7 +512,7 @@ GRU_CELL = Task(
             settings=[{"gates": "tanh"}, {"gates": "none"}],
         ),
         *_bias_faults(),
-        Fault("backward-detached", *_DETACHED, ROAD, settings=[{"cut": True}], sign=_without_gradient),
+        Fault("backward-detached", *DETACHED, ROAD, settings=[{"cut": True}], sign=without_gradient),
     ],
 )
 
@@ -537,10 +525,10 @@ def _classifier_probes(generator: torch.Generator) -> list[Probe]:
         n_in, hidden_size, n_classes = sizes
         state = (
             *_weights(generator, 4, n_in, hidden_size).values(),
-            _randn(generator, n_classes, hidden_size),
-            _randn(generator, n_classes),
+            randn(generator, n_classes, hidden_size),
+            randn(generator, n_classes),
         )
-        x = (_randn(generator, n, steps, n_in) * 4).round() / 4
+        x = (randn(generator, n, steps, n_in) * 4).round() / 4
         wanted = ("x", "parameters")
         return Probe(name, {"x": x}, build=sizes, state=state, gradients=wanted, calls=2, core=core)
 
@@ -633,10 +621,14 @@ def _lost_or_made_layers(probe: Probe, got: Outcome, wanted: Outcome) -> bool:
     return isinstance(count, int) and isinstance(right, int) and count < right - 2 * probe.state[2].numel()
 
 
-def _draws_a_state(probe: Probe, got: Outcome, wanted: Outcome) -> bool:
+def _calls_differ(got: Outcome) -> bool:
     first, second = got.values.get("result"), got.values.get("result of call 2")
+    return first is not None and not close(second, first)
+
+
+def _draws_a_state(probe: Probe, got: Outcome, wanted: Outcome) -> bool:
     same_count = got.values.get("number of parameters") == wanted.values.get("number of parameters")
-    return got.random and same_count and not _is_close(first, second)
+    return got.random and same_count and _calls_differ(got)
 
 
 def _count_or_calls(probe: Probe, got: Outcome, wanted: Outcome) -> str:
@@ -646,7 +638,7 @@ def _count_or_calls(probe: Probe, got: Outcome, wanted: Outcome) -> str:
             f"parameters() finds {count} numbers; this module has {right}: "
             "weights (4H, F) and (4H, H), two biases (4H,), and the output layer."
         )
-    if not _is_close(got.values.get("result"), got.values.get("result of call 2")):
+    if _calls_differ(got):
         return "Two calls with the same input give different results."
     return ""
 
@@ -806,7 +798,7 @@ CLASSIFIER = Task(
             "Hand h and c on as they are, without .detach(), .data or torch.no_grad().",
             ROAD,
             settings=[{"cut": "between steps"}, {"cut": "at the end"}],
-            sign=_without_gradient,
+            sign=without_gradient,
         ),
     ],
 )
@@ -820,7 +812,7 @@ def _opening_probes(generator: torch.Generator) -> list[Probe]:
         name: str, value: float, sizes: tuple[int, int] = (3, 2), core: bool = False, **options: int
     ) -> Probe:
         module = nn.LSTM(*sizes, **options)
-        state = tuple((_randn(generator, *p.shape) * 4).round() / 4 + 0.125 for p in module.parameters())
+        state = tuple((randn(generator, *p.shape) * 4).round() / 4 + 0.125 for p in module.parameters())
         model = Layer("LSTM", sizes, state, tuple(options.items()))
         return Probe(name, {"model": model, "value": value}, core=core)
 
@@ -999,7 +991,7 @@ OPEN = Task(
 def _gates_probes(generator: torch.Generator) -> list[Probe]:
     def probe(name: str, n: int, steps: int, n_in: int, hidden_size: int, core: bool = False) -> Probe:
         args = {
-            "xs": (_randn(generator, n, steps, n_in) * 4).round() / 4,
+            "xs": (randn(generator, n, steps, n_in) * 4).round() / 4,
             **_weights(generator, 4, n_in, hidden_size),
         }
         return Probe(name, args, core=core)
@@ -1139,7 +1131,7 @@ GATES_TASK = Task(
 
 def _order_probes(generator: torch.Generator) -> list[Probe]:
     def probe(name: str, order: str, *shape: int, core: bool = False) -> Probe:
-        numbers = (_randn(generator, *shape) * 8).round() / 8
+        numbers = (randn(generator, *shape) * 8).round() / 8
         return Probe(name, {"weight": numbers, "order": order}, core=core)
 
     return [
@@ -1562,9 +1554,9 @@ def _specimen_probes(generator: torch.Generator) -> list[Probe]:
 
 def _question(scale: float = 1.0, state: float = 1.0, bias: float = 1.0) -> tuple[Any, ...]:
     generator = torch.Generator().manual_seed(3)
-    x, w_ih, w_hh = (scale * _randn(generator, *shape) for shape in ((2, 3), (8, 3), (8, 2)))
-    h, c = (state * _randn(generator, 2, 2) for _ in range(2))
-    b_ih, b_hh = (bias * _randn(generator, 8) for _ in range(2))
+    x, w_ih, w_hh = (scale * randn(generator, *shape) for shape in ((2, 3), (8, 3), (8, 2)))
+    h, c = (state * randn(generator, 2, 2) for _ in range(2))
+    b_ih, b_hh = (bias * randn(generator, 8) for _ in range(2))
     return x, (h.tanh(), 3 * c), w_ih, w_hh, b_ih, b_hh
 
 

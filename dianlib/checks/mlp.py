@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from dianlib import mlp, training
-from dianlib.checks.kinds import answer_probes, specimen_probes, verdict_faults, wrong_answer
+from dianlib.checks.kinds import (
+    DETACHED,
+    answer_probes,
+    randn,
+    specimen_probes,
+    verdict_faults,
+    without_gradient,
+    wrong_answer,
+)
 from dianlib.checks.running import Batches, Loss, Momentum, Net, Outcome, Parameters, Probe
 from dianlib.checks.task import Fault, Task
 
@@ -25,26 +33,6 @@ NUMBERS = "mlp: Three numbers that name their bug"
 WRONG = "mlp: Tempting, but wrong"
 CASE = "mlp: The case, solved"
 
-_DETACHED = (
-    "No gradient reaches the input: the result has left autograd.",
-    "Stay with torch operations on tensors; avoid .detach(), .data, .item(), .numpy() and torch.tensor(...) on the way.",
-)
-
-
-def _without_gradient(probe: Probe, got: Outcome, wanted: Outcome) -> bool:
-    """Recognise a right result from which some gradient is missing."""
-    result, right = got.values.get("result"), wanted.values.get("result")
-    if not isinstance(result, Tensor) or not isinstance(right, Tensor) or result.is_complex():
-        return False
-    count = "number of parameters"
-    if result.shape != right.shape or got.values.get(count) != wanted.values.get(count):
-        return False
-    return got.detached and torch.allclose(result.double(), right.double(), 1e-4, 1e-5)
-
-
-def _randn(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=generator)
-
 
 # ----- linear -----------------------------------------------------------------------------------------------
 
@@ -52,7 +40,7 @@ def _randn(generator: torch.Generator, *shape: int) -> Tensor:
 def _linear_probes(generator: torch.Generator) -> list[Probe]:
     def probe(name: str, n: int, n_in: int, n_out: int, core: bool = False) -> Probe:
         def draw(*shape: int) -> Tensor:
-            return (_randn(generator, *shape) * 4).round() / 2
+            return (randn(generator, *shape) * 4).round() / 2
 
         args = {"x": draw(n, n_in), "weight": draw(n_out, n_in), "bias": draw(n_out) + 0.25}
         return Probe(name, args, gradients=("x", "weight", "bias"), core=core)
@@ -145,7 +133,7 @@ LINEAR = Task(
                 {"added": "mean of the biases"},
             ],
         ),
-        Fault("backward-detached", *_DETACHED, WRONG, settings=[{"cut": True}], sign=_without_gradient),
+        Fault("backward-detached", *DETACHED, WRONG, settings=[{"cut": True}], sign=without_gradient),
     ],
 )
 
@@ -157,17 +145,17 @@ def _relu_probes(generator: torch.Generator) -> list[Probe]:
     def probe(name: str, x: Tensor, core: bool = False, gradient: bool = True) -> Probe:
         return Probe(name, {"x": x}, gradients=("x",) if gradient else (), core=core)
 
-    small = (_randn(generator, 5) * 8).round() / 4
+    small = (randn(generator, 5) * 8).round() / 4
     small[small == 0] = -0.25
     small[:2] = torch.tensor([-1.5, 2.5])
-    large = _randn(generator, 4, 6) * 20
+    large = randn(generator, 4, 6) * 20
     large[0, :2] = torch.tensor([-30.0, 30.0])
     return [
         probe("five numbers", small, core=True),
         probe("a batch of large numbers", large, core=True),
         # At 0 every slope between 0 and 1 is right, so no gradient is asked for.
         probe("zeros among the numbers", torch.tensor([[0.0, -0.0, 3.0], [-2.0, 0.0, 0.5]]), gradient=False),
-        probe("three dimensions", _randn(generator, 2, 3, 4)),
+        probe("three dimensions", randn(generator, 2, 3, 4)),
     ]
 
 
@@ -298,7 +286,7 @@ RELU = Task(
             implementations=[_relu_in_place],
             sign=lambda probe, got, wanted: "x" in got.changed,
         ),
-        Fault("backward-detached", *_DETACHED, WRONG, settings=[{"cut": True}], sign=_without_gradient),
+        Fault("backward-detached", *DETACHED, WRONG, settings=[{"cut": True}], sign=without_gradient),
     ],
 )
 
@@ -310,24 +298,22 @@ def _softmax_probes(generator: torch.Generator) -> list[Probe]:
     def probe(name: str, logits: Tensor, core: bool = False, gradient: bool = True) -> Probe:
         return Probe(name, {"logits": logits}, gradients=("logits",) if gradient else (), core=core)
 
-    small = (_randn(generator, 2, 3) * 4).round() / 2
+    small = (randn(generator, 2, 3) * 4).round() / 2
     small[:, 0] += torch.tensor([0.0, 3.0])  # the rows differ, also by a shift
     return [
         probe("two rows of three scores", small, core=True),
         probe(
-            "six rows of five scores", _randn(generator, 6, 5) * 2 + torch.arange(6.0).unsqueeze(1), core=True
+            "six rows of five scores", randn(generator, 6, 5) * 2 + torch.arange(6.0).unsqueeze(1), core=True
         ),
-        probe("as many rows as columns", _randn(generator, 4, 4)),
+        probe("as many rows as columns", randn(generator, 4, 4)),
         # Above 709 exp overflows in float64, too. So far from 0 float32 is coarse, so no gradient is asked for.
-        probe("scores around 1,000", _randn(generator, 3, 4) + 1000, gradient=False),
+        probe("scores around 1,000", randn(generator, 3, 4) + 1000, gradient=False),
         probe(
-            "scores from -400 to 400", _randn(generator, 3, 5) + torch.linspace(-400, 400, 5), gradient=False
+            "scores from -400 to 400", randn(generator, 3, 5) + torch.linspace(-400, 400, 5), gradient=False
         ),
+        probe("one row around 0 and one around 300", randn(generator, 2, 4) + torch.tensor([[0.0], [300.0]])),
         probe(
-            "one row around 0 and one around 300", _randn(generator, 2, 4) + torch.tensor([[0.0], [300.0]])
-        ),
-        probe(
-            "one row around 0 and one around -300", _randn(generator, 2, 4) - torch.tensor([[0.0], [300.0]])
+            "one row around 0 and one around -300", randn(generator, 2, 4) - torch.tensor([[0.0], [300.0]])
         ),
     ]
 
@@ -475,7 +461,7 @@ SOFTMAX_TASK = Task(
             SOFTMAX,
             settings=[{"base": "2"}, {"base": "sigmoid"}],
         ),
-        Fault("backward-detached", *_DETACHED, WRONG, settings=[{"cut": True}], sign=_without_gradient),
+        Fault("backward-detached", *DETACHED, WRONG, settings=[{"cut": True}], sign=without_gradient),
     ],
 )
 
@@ -490,20 +476,20 @@ def _entropy_probes(generator: torch.Generator, gradients: bool = True) -> list[
         args = {"logits": logits, "targets": torch.tensor(targets)}
         return Probe(name, args, gradients=("logits",) if gradient and gradients else (), core=core)
 
-    small = (_randn(generator, 2, 3) * 4).round() / 2
+    small = (randn(generator, 2, 3) * 4).round() / 2
     small[0, 0] += 1
-    large = _randn(generator, 8, 5) * 3
+    large = randn(generator, 8, 5) * 3
     large[0, 0] = 9.0  # above the ceiling of a ReLU6
     targets = torch.randint(5, (8,), generator=generator).tolist()
-    far = _randn(generator, 3, 4)
+    far = randn(generator, 3, 4)
     far[torch.arange(3), torch.tensor([1, 2, 3])] += 800
     return [
         probe("two samples, three classes", small, [2, 0], core=True),
         probe("eight samples, five classes", large, targets, core=True),
-        probe("as many samples as classes", _randn(generator, 4, 4) * 2, [1, 3, 0, 3]),
+        probe("as many samples as classes", randn(generator, 4, 4) * 2, [1, 3, 0, 3]),
         # The surprise is about 800 here: softmax gives 0, in float64 too, and the log of 0 is minus infinity.
         probe("confident and wrong", far, [0, 0, 0], gradient=False),
-        probe("scores around 1,000", _randn(generator, 3, 4) + 1000, [3, 1, 1], gradient=False),
+        probe("scores around 1,000", randn(generator, 3, 4) + 1000, [3, 1, 1], gradient=False),
     ]
 
 
@@ -714,7 +700,7 @@ CROSS_ENTROPY = Task(
             ENTROPY,
             settings=[{"reduction": "none"}],
         ),
-        Fault("backward-detached", *_DETACHED, WRONG, settings=[{"cut": True}], sign=_without_gradient),
+        Fault("backward-detached", *DETACHED, WRONG, settings=[{"cut": True}], sign=without_gradient),
     ],
 )
 
@@ -865,9 +851,9 @@ def _step_probes(generator: torch.Generator) -> list[Probe]:
     def probe(
         name: str, shapes: list[tuple[int, ...]], lr: float, without: int = -1, core: bool = False
     ) -> Probe:
-        values = tuple((_randn(generator, *shape) * 4).round() / 2 for shape in shapes)
+        values = tuple((randn(generator, *shape) * 4).round() / 2 for shape in shapes)
         gradients = tuple(
-            None if number == without else (_randn(generator, *shape) * 4).round() + 0.5
+            None if number == without else (randn(generator, *shape) * 4).round() + 0.5
             for number, shape in enumerate(shapes)
         )
         return Probe(name, {"parameters": Parameters(values, gradients), "lr": lr}, core=core)
@@ -1026,10 +1012,10 @@ def _network_probes(generator: torch.Generator) -> list[Probe]:
     def probe(name: str, sizes: list[int], n: int, core: bool = False) -> Probe:
         state: list[Tensor] = []
         for n_in, n_out in pairwise(sizes):
-            weight = _randn(generator, n_out, n_in)
+            weight = randn(generator, n_out, n_in)
             # A symmetric square matrix is the same for x @ W and x @ W.T, so that both ways of storing it are right.
-            state += [(weight + weight.T) / 2 if n_in == n_out else weight, _randn(generator, n_out)]
-        x = (_randn(generator, n, sizes[0]) * 4).round() / 2
+            state += [(weight + weight.T) / 2 if n_in == n_out else weight, randn(generator, n_out)]
+        x = (randn(generator, n, sizes[0]) * 4).round() / 2
         return Probe(
             name, {"x": x}, build=(sizes,), state=tuple(state), gradients=("parameters",), calls=2, core=core
         )
@@ -1241,7 +1227,7 @@ MLP_TASK = Task(
             "Avoid torch.no_grad(), .detach(), .data, .numpy() and torch.tensor(...) inside forward.",
             WRONG,
             settings=[{"cut": True}],
-            sign=_without_gradient,
+            sign=without_gradient,
         ),
     ],
 )
@@ -1254,11 +1240,11 @@ def _epoch_probes(generator: torch.Generator) -> list[Probe]:
     def probe(
         name: str, sizes: list[int], n: int, size: int, loss: str, dropout: float = 0.0, core: bool = False
     ) -> Probe:
-        weights = tuple(_randn(generator, n_out, n_in) / 2 for n_in, n_out in pairwise(sizes))
-        model = Net(weights, tuple(_randn(generator, len(weight)) for weight in weights), dropout)
-        x = _randn(generator, n, sizes[0])
+        weights = tuple(randn(generator, n_out, n_in) / 2 for n_in, n_out in pairwise(sizes))
+        model = Net(weights, tuple(randn(generator, len(weight)) for weight in weights), dropout)
+        x = randn(generator, n, sizes[0])
         y = torch.randint(sizes[-1], (n,), generator=generator)
-        targets = y if loss == "cross_entropy" else _randn(generator, n, sizes[-1])
+        targets = y if loss == "cross_entropy" else randn(generator, n, sizes[-1])
         # Later samples are harder: a wrongly weighted mean of the losses shows.
         x = x * torch.linspace(0.5, 2.5, n).unsqueeze(1)
         batches = Batches(tuple((x[i : i + size], targets[i : i + size]) for i in range(0, n, size)))

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from dianlib import rnn
-from dianlib.checks.kinds import answer_probes, specimen_probes, verdict_faults, wrong_answer
+from dianlib.checks.kinds import (
+    answer_probes,
+    randn,
+    specimen_probes,
+    verdict_faults,
+    without_gradient,
+    wrong_answer,
+)
 from dianlib.checks.running import Outcome, Parameters, Probe, Recurrent
 from dianlib.checks.task import Fault, Task
 
@@ -36,34 +43,19 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _randn(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=generator)
-
-
 def _halves(generator: torch.Generator, *shape: int) -> Tensor:
     """Draw numbers that are easy to follow by hand: multiples of 0.5."""
-    return (_randn(generator, *shape) * 2).round() / 2
+    return (randn(generator, *shape) * 2).round() / 2
 
 
 def _weights(generator: torch.Generator, n_in: int, n_hidden: int) -> dict[str, Tensor]:
     """Draw the four tensors of a cell; no bias is 0, and no state is driven to the flat ends of tanh."""
     return {
-        "weight_ih": _randn(generator, n_hidden, n_in) / math.sqrt(n_in),
-        "weight_hh": _randn(generator, n_hidden, n_hidden) / math.sqrt(n_hidden),
-        "bias_ih": 0.25 + _randn(generator, n_hidden) / 4,
-        "bias_hh": -0.5 + _randn(generator, n_hidden) / 4,
+        "weight_ih": randn(generator, n_hidden, n_in) / math.sqrt(n_in),
+        "weight_hh": randn(generator, n_hidden, n_hidden) / math.sqrt(n_hidden),
+        "bias_ih": 0.25 + randn(generator, n_hidden) / 4,
+        "bias_hh": -0.5 + randn(generator, n_hidden) / 4,
     }
-
-
-def _without_gradient(probe: Probe, got: Outcome, wanted: Outcome) -> bool:
-    """Recognise a right result from which some gradient is missing."""
-    result, right = got.values.get("result"), wanted.values.get("result")
-    if not isinstance(result, Tensor) or not isinstance(right, Tensor) or result.is_complex():
-        return False
-    count = "number of parameters"
-    if result.shape != right.shape or got.values.get(count) != wanted.values.get(count):
-        return False
-    return got.detached and torch.allclose(result.double(), right.double(), 1e-4, 1e-5)
 
 
 def _wrong_activation(setting: str) -> list[Fault]:
@@ -98,7 +90,7 @@ def _wrong_activation(setting: str) -> list[Fault]:
 
 def _cell_probes(generator: torch.Generator) -> list[Probe]:
     def probe(name: str, n: int, n_in: int, n_hidden: int, core: bool = False) -> Probe:
-        args = {"x": _halves(generator, n, n_in), "h": _randn(generator, n, n_hidden).tanh()}
+        args = {"x": _halves(generator, n, n_in), "h": randn(generator, n, n_hidden).tanh()}
         args |= _weights(generator, n_in, n_hidden)
         return Probe(name, args, gradients=tuple(args), core=core)
 
@@ -249,7 +241,7 @@ CELL_TASK = Task(
             "Avoid .detach(), .data, .item(), .numpy() and torch.tensor(...) inside the cell.",
             BPTT,
             settings=[{"cut": "state"}, {"cut": "all"}],
-            sign=_without_gradient,
+            sign=without_gradient,
         ),
     ],
 )
@@ -262,7 +254,7 @@ def _unroll_probes(generator: torch.Generator) -> list[Probe]:
     def probe(name: str, n: int, steps: int, n_in: int, n_hidden: int, core: bool = False) -> Probe:
         args = {
             "xs": _halves(generator, n, steps, n_in),
-            "h0": _randn(generator, n, n_hidden).tanh(),
+            "h0": randn(generator, n, n_hidden).tanh(),
             **_weights(generator, n_in, n_hidden),
         }
         return Probe(name, args, gradients=tuple(args), core=core)
@@ -495,7 +487,7 @@ UNROLL_TASK = Task(
             "Hand the state on as it is; a gradient has to come back through all steps.",
             BPTT,
             settings=[{"cut": "between steps"}, {"cut": "all"}],
-            sign=_without_gradient,
+            sign=without_gradient,
         ),
     ],
 )
@@ -508,7 +500,7 @@ def _bptt_probes(generator: torch.Generator) -> list[Probe]:
     def probe(name: str, n: int, steps: int, n_in: int, n_hidden: int, core: bool = False) -> Probe:
         args = {
             "xs": _halves(generator, n, steps, n_in),
-            "h0": _randn(generator, n, n_hidden).tanh(),
+            "h0": randn(generator, n, n_hidden).tanh(),
             **_weights(generator, n_in, n_hidden),
             "grad_last": _halves(generator, n, n_hidden) + 0.25,
         }
@@ -903,7 +895,7 @@ def _clip_probes(generator: torch.Generator) -> list[Probe]:
     ) -> Probe:
         values = tuple(_halves(generator, *shape) for shape in shapes)
         gradients = tuple(
-            None if number == without else size * ((_randn(generator, *shape) * 4).round() + 0.5)
+            None if number == without else size * ((randn(generator, *shape) * 4).round() + 0.5)
             for number, shape in enumerate(shapes)
         )
         parameters = Parameters(values, gradients, watch_gradients=True)
@@ -1314,11 +1306,11 @@ def _classifier_probes(generator: torch.Generator) -> list[Probe]:
             symmetric,
             w["bias_ih"],
             w["bias_hh"],
-            _randn(generator, n_classes, n_hidden),
-            _randn(generator, n_classes),
+            randn(generator, n_classes, n_hidden),
+            randn(generator, n_classes),
             # For one layer that takes input and state together, and for an output that does.
             torch.cat([w["weight_ih"], symmetric], dim=1),
-            _randn(generator, n_classes, n_in + n_hidden),
+            randn(generator, n_classes, n_in + n_hidden),
         )
         gradients = ("xs", "parameters") if all_used else ("xs",)
         args = {"xs": _halves(generator, n, steps, n_in)}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dianlib import seq2seq
-from dianlib.checks.kinds import answer_probes, specimen_probes, verdict_faults, wrong_answer
+from dianlib.checks.kinds import answer_probes, randn, specimen_probes, verdict_faults, wrong_answer
 from dianlib.checks.running import DecoderParts, NextToken, Outcome, Probe
 from dianlib.checks.task import Fault, Task
 
@@ -21,10 +21,6 @@ MASK = "seq2seq: Why must padding be masked twice?"
 STEP = "seq2seq: One step of the decoder"
 GREEDY = "seq2seq: Writing without a teacher: greedy decoding"
 WRONG = "seq2seq: Tempting, but wrong"
-
-
-def _randn(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=generator)
 
 
 def _ragged(
@@ -245,7 +241,7 @@ def _loss_probes(generator: torch.Generator) -> list[Probe]:
         name: str, lengths: list[int], width: int, vocab_size: int, pad: int = 0, core: bool = False
     ) -> Probe:
         targets = _ragged(generator, lengths, width, vocab_size, pad)
-        logits = _randn(generator, len(lengths), width, vocab_size) * 2
+        logits = randn(generator, len(lengths), width, vocab_size) * 2
         return Probe(
             name, {"logits": logits, "targets": targets, "pad": pad}, gradients=("logits",), core=core
         )
@@ -432,11 +428,11 @@ def _attention_probes(generator: torch.Generator) -> list[Probe]:
         gradient: bool = True,
     ) -> Probe:
         args = {
-            "query": _randn(generator, len(lengths), hidden),
-            "keys": _randn(generator, len(lengths), width, hidden),
-            "w_query": _randn(generator, hidden, hidden) * 0.7,
-            "w_key": _randn(generator, hidden, hidden) * 0.7,
-            "v": _randn(generator, hidden) * scale + 0.3,
+            "query": randn(generator, len(lengths), hidden),
+            "keys": randn(generator, len(lengths), width, hidden),
+            "w_query": randn(generator, hidden, hidden) * 0.7,
+            "w_key": randn(generator, hidden, hidden) * 0.7,
+            "v": randn(generator, hidden) * scale + 0.3,
         }
         names = tuple(args)
         if mask is None and min(lengths) < width:
@@ -749,8 +745,8 @@ def _encoder_probes(generator: torch.Generator) -> list[Probe]:
         h = hidden // 2
         shapes = [(3 * h, hidden), (3 * h, h), (3 * h,), (3 * h,)] * 2
         state = (
-            _randn(generator, vocab_size, hidden),
-            *(_randn(generator, *shape) * 0.6 for shape in shapes),
+            randn(generator, vocab_size, hidden),
+            *(randn(generator, *shape) * 0.6 for shape in shapes),
         )
         source = _ragged(generator, lengths, width, vocab_size)
         args = {"source": source, "lengths": torch.tensor(lengths)}
@@ -970,15 +966,15 @@ def _step_probes(generator: torch.Generator) -> list[Probe]:
     ) -> Probe:
         shapes = [(3 * hidden, 2 * hidden), (3 * hidden, hidden), (3 * hidden,), (3 * hidden,)]
         parts = DecoderParts(
-            _randn(generator, vocab_size, hidden),
-            tuple(_randn(generator, *shape) * 0.6 for shape in shapes),
-            (_randn(generator, vocab_size, 2 * hidden), _randn(generator, vocab_size)),
+            randn(generator, vocab_size, hidden),
+            tuple(randn(generator, *shape) * 0.6 for shape in shapes),
+            (randn(generator, vocab_size, 2 * hidden), randn(generator, vocab_size)),
         )
         args: dict[str, Any] = {
             "decoder": parts,
             "token": torch.randint(vocab_size, (len(lengths),), generator=generator),
-            "state": _randn(generator, len(lengths), hidden),
-            "keys": _randn(generator, len(lengths), width, hidden),
+            "state": randn(generator, len(lengths), hidden),
+            "keys": randn(generator, len(lengths), width, hidden),
             "mask": _mask_of(lengths, width),
         }
         return Probe(name, args, gradients=("state", "keys"), core=core)
@@ -1153,7 +1149,7 @@ def _greedy_probes(generator: torch.Generator) -> list[Probe]:
     ) -> Probe:
         """Let row b choose eos for the first time after lengths[b] other tokens; all choices depend on the last token."""
         n_calls = max_length + 2
-        scores = _randn(generator, n_calls, len(lengths), vocab_size, vocab_size)
+        scores = randn(generator, n_calls, len(lengths), vocab_size, vocab_size)
         for b, length in enumerate(lengths):
             scores[:, b, :, eos] -= 100  # never, but for
             if length < n_calls:
@@ -1526,13 +1522,13 @@ def _specimen_probes(generator: torch.Generator) -> list[Probe]:
 
 def _example(lengths: list[int], width: int, equal: bool = False) -> list[Tensor]:
     generator = torch.Generator().manual_seed(5)
-    w_query, w_key = _randn(generator, 4, 4), _randn(generator, 4, 4)
+    w_query, w_key = randn(generator, 4, 4), randn(generator, 4, 4)
     return [
-        _randn(generator, len(lengths), 4),
-        _randn(generator, len(lengths), width, 4),
+        randn(generator, len(lengths), 4),
+        randn(generator, len(lengths), width, 4),
         w_query,
         w_query if equal else w_key,
-        _randn(generator, 4),
+        randn(generator, 4),
         _mask_of(lengths, width),
     ]
 
