@@ -7,6 +7,7 @@ are forked after everything was imported once. Killed at any moment, a second ru
 import contextlib
 import functools
 import glob
+import importlib
 import logging
 import multiprocessing
 import re
@@ -315,6 +316,8 @@ def _in_processes(
     waiting = list(reversed(students))
     tried: dict[str, int] = {}
     # Forked, not started anew: torch, nbgrader and the checks are in memory already.
+    # So is this part of torch, which each of them would load for a second with its first optimizer.
+    importlib.import_module("torch._dynamo")
     context = multiprocessing.get_context("fork")
     workers = [_start(context, course, assignment, number, private=False) for number in range(jobs)]
     course.sandbox(assignment).leave()
