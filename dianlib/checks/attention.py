@@ -1,6 +1,7 @@
 """Tasks of the chapter "Attention": right answers, and the wrong ones that are known."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -866,10 +867,9 @@ SDPA = Task(
             "You return the weights first, one of the two alone, or scores in place of the weights.",
             "Return the output, then the weights after the softmax.",
             ALL_QUERIES,
-            settings=[
-                {"returned": "weights, output"},
-                {"returned": "output"},
-                {"returned": "output, scores"},
+            # Of their own, not in pairs with all others: that would be a hundred pairs that nobody meets.
+            implementations=[
+                partial(_twin, returned=what) for what in ("weights, output", "output", "output, scores")
             ],
         ),
         Fault("sdpa-detached", *DETACHED, ALL_QUERIES, settings=[{"cut": True}], sign=without_gradient),
