@@ -241,11 +241,11 @@ def _one_query_twin(query: Tensor, keys: Tensor, values: Tensor, **settings: Any
     return torch.as_tensor(result[0])
 
 
-def _one_query_of_scores(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def _one_query_of_scores(query: Tensor, keys: Tensor, values: Tensor) -> Any:
     return (keys @ query / math.sqrt(len(query))).softmax(0)
 
 
-def _one_query_of_cosines(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def _one_query_of_cosines(query: Tensor, keys: Tensor, values: Tensor) -> Any:
     lengths = keys.norm(dim=-1) * query.norm()
     return (keys @ query / lengths).softmax(0) @ values
 
@@ -415,7 +415,7 @@ def _self_by_loops(x: Tensor, w_query: Tensor, w_key: Tensor, w_value: Tensor) -
             rows.append(torch.softmax(scores / query.numel() ** 0.5, dim=0))
         maps.append(torch.stack(rows))
         outputs.append(
-            torch.stack([sum(w * (t @ w_value) for w, t in zip(row, tokens)) for row in rows])  # type: ignore[misc]  # noqa: B905
+            torch.stack([sum(w * (t @ w_value) for w, t in zip(row, tokens)) for row in rows])  # noqa: B905
         )
     return (
         torch.stack(outputs).reshape(*x.shape[:-1], -1),
