@@ -347,7 +347,7 @@ def test_the_examples_of_the_attention_statements_are_right() -> None:
         return all(number in statement for number in numbers)
 
     def close(values: torch.Tensor, wanted: list[Any]) -> bool:
-        return torch.allclose(values, torch.tensor(wanted), atol=5e-5)
+        return torch.allclose(values, torch.tensor(wanted, dtype=torch.float32), atol=5e-5)
 
     query, keys = torch.tensor([2.1972, 0, 0, 0]), torch.eye(4)[:2]
     assert close(attention.attention_one_query(query, keys, torch.tensor([[4.0], [8]])), [5.0])

@@ -170,12 +170,8 @@ EQUIVALENT = {
     "attention.grade_this": {
         "generator = torch.Generator().manual_seed(0)": "other random numbers serve as well",
         "generator = torch.Generator().manual_seed(2)": "other random numbers serve as well",
-        "query, key, value = (torch.randn(shape, generator=generator) for shape in [(3, 4), (6, 4), (6, 5)])": (
-            "values may be wider than keys"
-        ),
-        "query, key, value = (torch.randn(shape, generator=generator) for shape in [(3, 4), (6, 4), (6, 3)])": (
-            "values may be narrower than keys"
-        ),
+        "sizes = [(3, 4), (6, 4), (6, 5)]": "values may be wider than keys",
+        "sizes = [(3, 4), (6, 4), (6, 3)]": "values may be narrower than keys",
         "mask = torch.ones(3, 6).tril(2).bool()": "it hides other keys",
         "mask = torch.ones(3, 6).tril(4).bool()": "it hides other keys",
         "for i in range(2):": "two queries are enough",
