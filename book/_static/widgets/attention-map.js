@@ -18,13 +18,12 @@
     :is(select, button, input, td):focus-visible { outline: 3px solid var(--pst-color-primary, #0a7d91); outline-offset: 1px; }
     .frame { overflow-x: auto; padding: 4px; }
     table { border-collapse: separate; border-spacing: 2px; margin: 0; }
-    caption { text-align: left; padding-bottom: 0.3rem; font-weight: 600; }
+    .caption { margin: 0 0 0.3rem; font-weight: 600; }
     th { font-weight: 400; padding: 2px 6px; white-space: nowrap; text-align: center; }
     tbody th { text-align: right; }
     td { min-width: 2.4em; padding: 3px 4px; text-align: center; cursor: default; font-variant-numeric: tabular-nums; }
     th.marked { font-weight: 700; text-decoration: underline; }
-    .said { min-height: 1.5em; margin: 0.4rem 0 0; }
-    .hidden-text { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }`;
+    .said { min-height: 1.5em; margin: 0.4rem 0 0; }`;
 
   /* White to dark blue, the colours of the book's other heat maps (ColorBrewer's Blues). */
   const BLUES = [[247, 251, 255], [222, 235, 247], [198, 219, 239], [158, 202, 225], [107, 174, 214],
@@ -125,12 +124,14 @@
       });
       this.columns = heads;
       const body = element("tbody", {}, ...this.rows.map((row) => element("tr", {}, row.head, ...row.cells)));
-      const caption = element("caption", {}, this.dataset.caption || "Attention weights");
-      this.table = element("table", {}, caption, element("thead", {}, element("tr", {}, corner, ...heads)), body);
+      const title = this.dataset.caption || "Attention weights";
+      const top = element("thead", {}, element("tr", {}, corner, ...heads));
+      const table = element("table", { "aria-labelledby": "caption" }, top, body);
       body.addEventListener("keydown", (event) => this.move(event));
       body.addEventListener("focusin", (event) => this.choose(event.target));
       body.addEventListener("pointerover", (event) => this.choose(event.target));
-      return element("div", { class: "frame", role: "region", "aria-label": this.dataset.caption || "Attention weights" }, this.table);
+      const frame = element("div", { class: "frame", role: "region", "aria-label": title }, table);
+      return element("div", {}, element("p", { class: "caption", id: "caption" }, title), frame);
     }
 
     makeSentence() {
