@@ -167,8 +167,17 @@ def _collect(weights: Tensor, value: Tensor, key: Tensor, output: str) -> Tensor
             return (torch.ones_like(weights) / weights.shape[-1]) @ value
 
 
-def _scale_faults(settings: list[str], by_heads: bool) -> list[Fault]:
-    """Return the wrong divisors; those by the model's width where queries are cut in heads."""
+def _scale_faults(others: list[str], by_heads: bool, alone: bool = False) -> list[Fault]:
+    """Return the wrong divisors; those by the model's width where queries are cut in heads.
+
+    With ``alone`` the rarer ones form no pairs with other mistakes.
+    """
+
+    def forms(*scales: str) -> dict[str, Any]:
+        if alone:
+            return {"implementations": [partial(_twin, scale=scale) for scale in scales]}
+        return {"settings": [{"scale": scale} for scale in scales]}
+
     faults = [
         Fault(
             "sdpa-no-scale",
@@ -189,7 +198,7 @@ def _scale_faults(settings: list[str], by_heads: bool) -> list[Fault]:
             "You multiply by the square root of d: your weights are far too sharp.",
             "Divide the scores by the square root of d.",
             SCALE,
-            settings=[{"scale": "times root d"}],
+            **forms("times root d"),
         ),
     ]
     if by_heads:
@@ -202,14 +211,14 @@ def _scale_faults(settings: list[str], by_heads: bool) -> list[Fault]:
                 settings=[{"scale": "root of the model's width"}, {"scale": "root of the heads"}],
             )
         )
-    if settings:
+    if others:
         faults.append(
             Fault(
                 "sdpa-scale-other-size",
                 "You divide by the root of another size, such as the number of keys.",
                 "Divide by the root of d, the last size of query.",
                 SCALE,
-                settings=[{"scale": setting} for setting in settings],
+                **forms(*others),
             )
         )
     return faults
@@ -737,18 +746,16 @@ SDPA = Task(
         "weights = softmax(scores) over the last axis\nif there is a mask: where it is False, weights = 0\n"
         "return weights @ value, weights",
     ),
+    # The forms that stand as implementations are rarer: they are named alone, and not in pairs.
     mistakes=[
-        *_scale_faults(["root of the keys"], by_heads=True),
+        *_scale_faults(["root of the keys"], by_heads=True, alone=True),
         Fault(
             "sdpa-softmax-wrong-axis",
             "Your weights do not sum to 1 over the keys, but over the queries, the heads or the batch.",
             "Normalise over the keys, the last axis of the scores: dim=-1.",
             ALL_QUERIES,
-            settings=[
-                {"softmax": "over the queries"},
-                {"softmax": "over the first axis"},
-                {"softmax": "over the second axis"},
-            ],
+            settings=[{"softmax": "over the queries"}, {"softmax": "over the first axis"}],
+            implementations=[partial(_twin, softmax="over the second axis")],
             sign=_sums_over_queries,
         ),
         Fault(
@@ -771,7 +778,7 @@ SDPA = Task(
             "The weights are no softmax of the scores: you cut the scores at 0.",
             "Use softmax over the keys: exp of each score, divided by the sum of all of them.",
             SOFTMAX,
-            settings=[{"softmax": "relu"}],
+            implementations=[partial(_twin, softmax="relu")],
         ),
         Fault(
             "softmax-no-max-shift",
@@ -785,11 +792,8 @@ SDPA = Task(
             "You hide a key with 1e-9 or -1e-9. That is almost 0, and exp(0) is 1: hidden keys keep their weight.",
             "Write -1e9, -inf or the lowest number of the dtype.",
             CAUSAL,
-            settings=[
-                {"masked": "plus -1e-9"},
-                {"masked": "filled with -1e-9"},
-                {"masked": "filled with 1e-9"},
-            ],
+            settings=[{"masked": "plus -1e-9"}, {"masked": "filled with -1e-9"}],
+            implementations=[partial(_twin, masked="filled with 1e-9")],
         ),
         Fault(
             "mask-never-applied",
@@ -803,14 +807,16 @@ SDPA = Task(
             "You multiply the scores with the mask, or add it to them. A score of 0 is no weight of 0, since exp(0) is 1.",
             "Where the mask is False, set the score to a very low number before the softmax.",
             CAUSAL,
-            settings=[{"masked": "scores times mask"}, {"masked": "plus mask"}],
+            settings=[{"masked": "scores times mask"}],
+            implementations=[partial(_twin, masked="plus mask")],
         ),
         Fault(
             "mask-polarity",
             "You attend only to what is hidden: the mask is read the other way round, or the fill has the wrong sign.",
             "In this course True means that a query may attend: fill the scores where the mask is False, with a very low number.",
             CAUSAL,
-            settings=[{"masked": "inverted"}, {"masked": "filled with 1e9"}],
+            settings=[{"masked": "inverted"}],
+            implementations=[partial(_twin, masked="filled with 1e9")],
         ),
         Fault(
             "mask-after-softmax",
@@ -821,10 +827,10 @@ SDPA = Task(
         ),
         Fault(
             "mask-tensor-truthiness",
-            "`if mask:` asks a tensor whether it is true, which torch refuses for more than one element.",
+            "The line `if mask:` asks a tensor whether it is true, which torch refuses for more than one element.",
             "Write `if mask is not None:`.",
             CAUSAL,
-            settings=[{"masked": "asked whether true"}],
+            implementations=[partial(_twin, masked="asked whether true")],
         ),
         Fault(
             "mask-all-masked-row",
@@ -853,7 +859,7 @@ SDPA = Task(
             "You multiply the values with the weights turned over, so columns are read as rows.",
             "Output i is the sum over j of weights[i, j] times value j: weights @ value.",
             ALL_QUERIES,
-            settings=[{"output": "transposed weights"}],
+            implementations=[partial(_twin, output="transposed weights")],
         ),
         Fault(
             "attn-best-value-only",
@@ -867,7 +873,6 @@ SDPA = Task(
             "You return the weights first, one of the two alone, or scores in place of the weights.",
             "Return the output, then the weights after the softmax.",
             ALL_QUERIES,
-            # Of their own, not in pairs with all others: that would be a hundred pairs that nobody meets.
             implementations=[
                 partial(_twin, returned=what) for what in ("weights, output", "output", "output, scores")
             ],
@@ -918,8 +923,6 @@ def _causal_twin(
     }[seen]()
     if kind == "0 and -inf":
         return torch.zeros(n_queries, n_keys).masked_fill(~mask, -torch.inf)
-    if kind == "with leading axes":
-        return mask[None, None]
     return mask if kind == "bool" else mask.float() if kind == "float" else mask.long()
 
 
@@ -995,13 +998,6 @@ CAUSAL_MASK = Task(
             "Return a tensor of dtype bool, True where a query may attend.",
             CAUSAL,
             settings=[{"kind": "int"}, {"kind": "float"}, {"kind": "0 and -inf"}],
-        ),
-        Fault(
-            "mask-shape",
-            "Your mask has further axes.",
-            "Return two axes, (n_queries, n_keys); they broadcast over batch and heads by themselves.",
-            CAUSAL,
-            settings=[{"kind": "with leading axes"}],
         ),
     ],
 )
