@@ -19,7 +19,7 @@ from dianlib.checks.kinds import (
     wrong_answer,
 )
 from dianlib.checks.running import Outcome, Probe
-from dianlib.checks.task import Fault, Task
+from dianlib.checks.task import Candidate, Fault, Task
 
 ONE_QUERY = "attention: One query against every key"
 ALL_QUERIES = "attention: All queries at once"
@@ -83,7 +83,12 @@ def _normalise(scores: Tensor, softmax: str) -> Tensor:
             return scores
 
 
-_FILLED = {"filled with -1e-9": -1e-9, "filled with 1e-9": 1e-9, "filled with 1e9": 1e9}
+_FILLED = {
+    "filled with -1e-9": -1e-9,
+    "filled with 1e-9": 1e-9,
+    "filled with 1e9": 1e9,
+    "filled with -100": -100.0,
+}
 
 
 def _apply_mask(scores: Tensor, mask: Tensor, masked: str, low: float) -> Tensor:
@@ -167,6 +172,11 @@ def _collect(weights: Tensor, value: Tensor, key: Tensor, output: str) -> Tensor
             return (torch.ones_like(weights) / weights.shape[-1]) @ value
 
 
+def _alone(**setting: str) -> list[Candidate]:
+    """Return the two forms of a rarer mistake: by itself, and with equal weights for a query without keys."""
+    return [partial(_twin, **setting), partial(_twin, empty="uniform", **setting)]
+
+
 def _scale_faults(others: list[str], by_heads: bool, alone: bool = False) -> list[Fault]:
     """Return the wrong divisors; those by the model's width where queries are cut in heads.
 
@@ -175,7 +185,7 @@ def _scale_faults(others: list[str], by_heads: bool, alone: bool = False) -> lis
 
     def forms(*scales: str) -> dict[str, Any]:
         if alone:
-            return {"implementations": [partial(_twin, scale=scale) for scale in scales]}
+            return {"implementations": [form for scale in scales for form in _alone(scale=scale)]}
         return {"settings": [{"scale": scale} for scale in scales]}
 
     faults = [
@@ -460,6 +470,11 @@ def _weights_in(got: Outcome) -> Tensor | None:
     return weights.double() if weights.numel() and bool(weights.isfinite().all()) else None
 
 
+def _axes_of_ones(weights: Tensor) -> list[int]:
+    """Return the axes before the last along which all weights sum to 1."""
+    return [axis for axis in range(weights.dim() - 1) if bool(((weights.sum(axis) - 1).abs() < 1e-3).all())]
+
+
 def _row_sums(got: Outcome) -> str:
     """Say which weight is negative, which axis sums to 1 in place of the last, or which row does not."""
     weights = _weights_in(got)
@@ -472,10 +487,10 @@ def _row_sums(got: Outcome) -> str:
         return ""
     row = off.flatten().nonzero()[0]
     total = float(weights.sum(-1).flatten()[row])
-    others = [axis for axis in range(weights.dim() - 1) if bool(((weights.sum(axis) - 1).abs() < 1e-3).all())]
     text = f"Row {int(row) % weights.shape[-2]} of the weights sums to {total:.4g}, not to 1."
-    names = {weights.dim() - 2: "over the queries"}
-    return f"{text} They sum to 1 {names.get(others[-1], f'over axis {others[-1]}')}." if others else text
+    others = _axes_of_ones(weights)
+    names = {2: ["queries"], 3: ["batch", "queries"], 4: ["batch", "heads", "queries"]}.get(weights.dim())
+    return f"{text} They sum to 1 over the {names[others[-1]]}." if others and names else text
 
 
 SELF_ATTENTION = Task(
@@ -596,6 +611,11 @@ def _attention_probes(generator: torch.Generator) -> list[Probe]:
 
     nothing = _random_mask(generator, 3, 4, 5)
     nothing[0, 2] = nothing[1, 0] = False  # these two queries may attend to nothing
+    # Each first query may attend to one key only, the one that fits it least: its score is far below 0.
+    large = probe("scores of several hundred, with a mask", (2,), (3, 6, 4, 2), scale=300.0, gradient=False)
+    least = (large.args["query"][:, :1] @ large.args["key"].mT).argmin(-1, keepdim=True)
+    large.args["mask"] = _random_mask(generator, 2, 3, 6)
+    large.args["mask"][:, :1] = torch.zeros(2, 1, 6, dtype=torch.bool).scatter(-1, least, True)
     # Two keys of the same score, of which one is hidden; their values are so large that a weight
     # that is changed by 1e-9 shows. In float64, where 1 and 1 + 1e-9 differ.
     balance = Probe(
@@ -618,7 +638,7 @@ def _attention_probes(generator: torch.Generator) -> list[Probe]:
         ),
         balance,
         # exp overflows in float32 above 88, and there the gradients of softmax are all but 0.
-        probe("scores of several hundred, with a mask", (2,), (3, 6, 4, 2), _random_mask(generator, 2, 3, 6), 300.0, gradient=False),
+        large,
         probe("queries that may attend to nothing", (3,), (4, 5, 3, 2), nothing, gradient=False),
         probe("gradients beside queries that may attend to nothing", (3,), (4, 5, 3, 2), nothing),
     ]  # fmt: skip
@@ -634,13 +654,12 @@ def _negative_weights(probe: Probe, got: Outcome, wanted: Outcome) -> bool:
     return weights is not None and bool((weights < -1e-6).any())
 
 
-def _sums_over_queries(probe: Probe, got: Outcome, wanted: Outcome) -> bool:
-    """See weights that sum to 1 down the columns and not along the rows, where no mask disturbs them."""
+def _sums_over_another_axis(probe: Probe, got: Outcome, wanted: Outcome) -> bool:
+    """See weights that sum to 1 along another axis and not along the rows, where no mask disturbs them."""
     weights = _weights_in(got)
     if weights is None or "mask" in probe.args or bool((weights < 0).any()):
         return False
-    rows, columns = weights.sum(-1), weights.sum(-2)
-    return bool((columns - 1).abs().max() < 1e-3) and bool((rows - 1).abs().max() > 1e-2)
+    return bool((weights.sum(-1) - 1).abs().max() > 1e-2) and bool(_axes_of_ones(weights))
 
 
 def _only_empty_rows_differ(probe: Probe, got: Outcome, wanted: Outcome) -> bool:
@@ -727,6 +746,15 @@ def _by_added_infinities(query: Any, key: Any, value: Any, mask: Any = None) -> 
     return weights @ value, weights
 
 
+def _by_nan_to_num(query: Any, key: Any, value: Any, mask: Any = None) -> Any:
+    # NaN in a row of only -inf, and 0 in its place; masked_fill lets no gradient through there
+    scores = torch.matmul(query, key.transpose(-2, -1)) / torch.sqrt(torch.tensor(float(key.size(-1))))
+    if mask is not None:
+        scores = scores.masked_fill(torch.logical_not(mask), -torch.inf)
+    weights = torch.nn.Softmax(dim=-1)(scores).nan_to_num(0.0)
+    return torch.matmul(weights, value), weights
+
+
 SDPA = Task(
     id="attention.scaled_dot_product_attention",
     signature="scaled_dot_product_attention(query, key, value, mask=None)",
@@ -736,7 +764,7 @@ SDPA = Task(
     twin=_twin,
     forbidden=_ATTENTION,
     properties=[_attention_property],
-    variants=[_by_loops, _by_einsum, _by_shifted_exponentials, _by_added_infinities],
+    variants=[_by_loops, _by_einsum, _by_shifted_exponentials, _by_added_infinities, _by_nan_to_num],
     hints=(
         "Which axis of the scores belongs to the keys, and what must a row of weights sum to, with a mask and without?",
         "Scores Q K^T / sqrt(d), a very low number where the mask is False, softmax over the last axis, weighted sum of the values. "
@@ -746,7 +774,7 @@ SDPA = Task(
         "weights = softmax(scores) over the last axis\nif there is a mask: where it is False, weights = 0\n"
         "return weights @ value, weights",
     ),
-    # The forms that stand as implementations are rarer: they are named alone, and not in pairs.
+    # The forms that stand as implementations are rarer: they are named by themselves, and not in pairs.
     mistakes=[
         *_scale_faults(["root of the keys"], by_heads=True, alone=True),
         Fault(
@@ -755,8 +783,8 @@ SDPA = Task(
             "Normalise over the keys, the last axis of the scores: dim=-1.",
             ALL_QUERIES,
             settings=[{"softmax": "over the queries"}, {"softmax": "over the first axis"}],
-            implementations=[partial(_twin, softmax="over the second axis")],
-            sign=_sums_over_queries,
+            implementations=_alone(softmax="over the second axis"),
+            sign=_sums_over_another_axis,
         ),
         Fault(
             "sdpa-feature-attention",
@@ -778,7 +806,7 @@ SDPA = Task(
             "The weights are no softmax of the scores: you cut the scores at 0.",
             "Use softmax over the keys: exp of each score, divided by the sum of all of them.",
             SOFTMAX,
-            implementations=[partial(_twin, softmax="relu")],
+            implementations=_alone(softmax="relu"),
         ),
         Fault(
             "softmax-no-max-shift",
@@ -809,6 +837,15 @@ SDPA = Task(
             CAUSAL,
             settings=[{"masked": "scores times mask"}],
             implementations=[partial(_twin, masked="plus mask")],
+        ),
+        Fault(
+            "mask-fill-not-low",
+            "You hide keys with a number such as -100. Real scores can be lower, and then the hidden keys win.",
+            "Write -1e9, -inf or the lowest number of the dtype.",
+            CAUSAL,
+            implementations=[
+                partial(_twin, masked="filled with -100", empty=empty) for empty in ("zeros", "uniform")
+            ],
         ),
         Fault(
             "mask-polarity",
@@ -859,7 +896,7 @@ SDPA = Task(
             "You multiply the values with the weights turned over, so columns are read as rows.",
             "Output i is the sum over j of weights[i, j] times value j: weights @ value.",
             ALL_QUERIES,
-            implementations=[partial(_twin, output="transposed weights")],
+            implementations=_alone(output="transposed weights"),
         ),
         Fault(
             "attn-best-value-only",
