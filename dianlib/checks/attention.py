@@ -172,7 +172,7 @@ def _collect(weights: Tensor, value: Tensor, key: Tensor, output: str) -> Tensor
             return (torch.ones_like(weights) / weights.shape[-1]) @ value
 
 
-def _alone(**setting: str) -> list[Candidate]:
+def _alone(**setting: Any) -> list[Candidate]:
     """Return the two forms of a rarer mistake: by itself, and with equal weights for a query without keys."""
     return [partial(_twin, **setting), partial(_twin, empty="uniform", **setting)]
 
