@@ -641,8 +641,11 @@ def padding_mask(lengths, max_length):
         "cross-mask-from-target",
         """
 def translator_masks(source_lengths, target_lengths, n_source, n_target):
-    of_target = padding_mask(target_lengths, n_target)
-    return padding_mask(source_lengths, n_source), of_target & causal_mask(n_target), of_target
+    of_source, of_target = (
+        (torch.arange(width) < lengths[:, None])[:, None, None]
+        for lengths, width in ((source_lengths, n_source), (target_lengths, n_target))
+    )
+    return of_source, of_target & torch.ones(n_target, n_target).tril().bool(), of_target
 """,
     ),
     "attention.grade_this": (
