@@ -4,6 +4,7 @@ Letters: B samples, L places, D the width of the model, H heads of d = D / H num
 Source: Vaswani et al. 2017, section 3.2.2.
 """
 
+import torch
 from torch import Tensor, nn
 
 from dianlib.attention import scaled_dot_product_attention
@@ -66,3 +67,24 @@ def parameter_count(d_model: int, n_heads: int) -> int:
     if d_model % n_heads:
         raise ValueError(f"a width of {d_model} cannot be cut in {n_heads} equal heads.")
     return 4 * (d_model * d_model + d_model)
+
+
+def head_contributions(heads: Tensor, o_weight: Tensor) -> Tensor:
+    """Write the output as a sum over heads: heads (B, H, L, d), o_weight (D, H d) -> (B, H, L, D).
+
+    ``o_weight`` is stored as in nn.Linear. Head h owns its columns h d to (h + 1) d - 1; the sum over the heads,
+    plus the bias, is what ``o_proj`` returns.
+    """
+    _, n_heads, _, head_dim = heads.shape
+    blocks = o_weight.unflatten(1, (n_heads, head_dim))  # (D, H, d)
+    return torch.einsum("bhld,nhd->bhln", heads, blocks)
+
+
+def head_distances(weights: Tensor) -> Tensor:
+    """Say how differently heads look: weights (B, H, Q, S) -> (H, H), from 0, the same, to 1, disjoint.
+
+    The distance of two rows of weights is half the sum of their absolute differences (total variation): the share
+    of attention that one head would have to move to look like the other. It is averaged over samples and queries.
+    """
+    difference = weights.unsqueeze(2) - weights.unsqueeze(1)  # (B, H, H, Q, S)
+    return difference.abs().sum(dim=-1).mean(dim=(0, 3)) / 2
