@@ -309,13 +309,13 @@ def lookup_task(
     *,
     generator: Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Make lists of items, and questions that each ask for every field, of an item of its own for each field.
+    """Make lists of items, and questions that ask for every field, each time of another item.
 
-    Returns questions (N, n_questions, n_fields * n_items) and items (N, n_items, n_items + n_fields * n_values), both
-    float32, and targets (N, n_questions, n_fields) int64. An item is its name and the values of its
-    fields, one-hot side by side; a question names an item for each field, and the target is that item's value.
-    One look at one item cannot answer it, as the fields are asked of different items. Raises ValueError
-    for a number below 1.
+    Returns questions (N, n_questions, n_fields * n_items), items (N, n_items, n_items + n_fields * n_values),
+    both float32, and targets (N, n_questions, n_fields) int64. An item is its name and the values of its
+    fields, one-hot side by side. A question names one item for each field, drawn at random; the target is
+    that item's value of the field. So one look at one item cannot answer it. Raises ValueError for a number
+    below 1.
     """
     if min(n_samples, n_questions, n_items, n_fields, n_values) < 1:
         raise ValueError("the numbers of samples, questions, items, fields and values must be at least 1.")

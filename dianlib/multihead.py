@@ -72,8 +72,8 @@ def parameter_count(d_model: int, n_heads: int) -> int:
 def head_contributions(heads: Tensor, o_weight: Tensor) -> Tensor:
     """Write the output as a sum over heads: heads (B, H, L, d), o_weight (D, H d) -> (B, H, L, D).
 
-    ``o_weight`` is stored as in nn.Linear. Head h owns its columns h d to (h + 1) d - 1; the sum over the heads,
-    plus the bias, is what ``o_proj`` returns.
+    ``o_weight`` is stored as in nn.Linear, so head h owns its columns h d to (h + 1) d - 1. The sum over
+    the heads, plus the bias, is what ``o_proj`` returns.
     """
     _, n_heads, _, head_dim = heads.shape
     blocks = o_weight.unflatten(1, (n_heads, head_dim))  # (D, H, d)
@@ -83,8 +83,9 @@ def head_contributions(heads: Tensor, o_weight: Tensor) -> Tensor:
 def head_distances(weights: Tensor) -> Tensor:
     """Say how differently heads look: weights (B, H, Q, S) -> (H, H), from 0, the same, to 1, disjoint.
 
-    The distance of two rows of weights is half the sum of their absolute differences (total variation): the share
-    of attention that one head would have to move to look like the other. It is averaged over samples and queries.
+    The distance of two rows of weights is half the sum of their absolute differences (total variation):
+    the share of attention that one head would have to move to look like the other. It is averaged over
+    samples and queries.
     """
     difference = weights.unsqueeze(2) - weights.unsqueeze(1)  # (B, H, H, Q, S)
     return difference.abs().sum(dim=-1).mean(dim=(0, 3)) / 2

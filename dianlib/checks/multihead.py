@@ -382,7 +382,10 @@ def _module_probes(generator: torch.Generator) -> list[Probe]:
         width = sizes[0]
         state: list[Tensor] = []
         for scale in (2.0, 2.0, 1.0, 1.0):  # large scores: the softmax must not be nearly uniform
-            state += [randn(generator, width, width) * scale / math.sqrt(width), randn(generator, width) * 0.5]
+            state += [
+                randn(generator, width, width) * scale / math.sqrt(width),
+                randn(generator, width) * 0.5,
+            ]
         args = {
             "query": randn(generator, n, n_queries, width),
             "key": randn(generator, n, n_keys, width),
@@ -471,7 +474,7 @@ class _FaultyModule(nn.Module):
             return scores if axis is None else scores.softmax(axis)
 
         if self.how_masked == "if mask":
-            mask = mask if mask else None
+            mask = mask or None
         if mask is None or self.how_masked == "ignored":
             return normalised(scores)
         if self.how_masked == "after":
@@ -507,7 +510,7 @@ class _FaultyModule(nn.Module):
         else:
             weights = self._weights(q @ k.transpose(-2, -1) / divisor, mask)
             heads = weights @ v
-        b, _, length, d = heads.shape
+        b, _, length, _ = heads.shape
         if self.merge == "last two":
             joined = heads.transpose(2, 3).reshape(b, length, -1)
         elif self.merge == "no transpose":
@@ -528,7 +531,7 @@ class _FaultyModule(nn.Module):
         return result, weights.detach() if self.cut == "weights" else weights
 
 
-def _form(**setting: str) -> Any:
+def _form(**setting: Any) -> Any:
     """Make a rarer form of a mistake, which is named alone and not looked for in pairs."""
     return partial(_FaultyModule, **setting)
 
@@ -564,8 +567,9 @@ class _ByEinsum(torch.nn.Module):
     def __init__(self, d_model: int, n_heads: int) -> None:
         super().__init__()
         self.n_heads = n_heads
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            setattr(self, name, torch.nn.Linear(d_model, d_model))
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            torch.nn.Linear(d_model, d_model) for _ in range(4)
+        )
 
     def forward(self, query: Any, key: Any, value: Any, mask: Any = None) -> Any:
         q, k, v = (
@@ -865,10 +869,8 @@ def _contribution_twin(
 
 
 def _contributions_by_loop(heads: Any, o_weight: Any) -> Any:
-    b, n_heads, length, d = heads.shape
-    return torch.stack(
-        [heads[:, h] @ o_weight[:, h * d : h * d + d].t() for h in range(n_heads)], dim=1
-    )
+    _, n_heads, _, d = heads.shape
+    return torch.stack([heads[:, h] @ o_weight[:, h * d : h * d + d].t() for h in range(n_heads)], dim=1)
 
 
 def _contributions_by_silencing(heads: Any, o_weight: Any) -> Any:
@@ -979,10 +981,10 @@ def _distance_twin(
         "mean over keys": lambda: (a - b).abs().mean(-1),
         "signed": lambda: (a - b).sum(-1),
         "squares": lambda: (a - b).square().sum(-1),
-        "Euclid": lambda: (a - b).norm(dim=-1),
+        "Euclid": lambda: (a - b).square().sum(-1).sqrt(),
         "largest": lambda: (a - b).abs().amax(-1),
         "overlap": lambda: 2 * torch.minimum(a, b).sum(-1),
-        "cosine": lambda: 2 * (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)),
+        "cosine": lambda: 2 * (a * b).sum(-1) / (a.square().sum(-1) * b.square().sum(-1)).sqrt(),
     }[measure]()
     found = rows.sum((0, 3)) if mean == "summed" else rows.mean((0, 3))
     return found / 2 if half else found
@@ -993,14 +995,15 @@ def _distances_by_loops(weights: Any) -> Any:
     found = torch.zeros(n_heads, n_heads)
     for g in range(n_heads):
         for h in range(n_heads):
-            for sample in weights:
+            for sample in weights.unbind(0):
                 found[g, h] += (sample[g] - sample[h]).clamp(min=0).sum() / (b * n_queries)
     return found
 
 
 def _distances_by_cdist(weights: Any) -> Any:
     rows = weights.permute(0, 2, 1, 3).flatten(0, 1)
-    return torch.cdist(rows, rows, p=1).mean(dim=0) * 0.5
+    distances: Tensor = torch.cdist(rows, rows, p=1)
+    return distances.mean(dim=0) * 0.5
 
 
 DISTANCES = Task(
@@ -1082,9 +1085,7 @@ DISTANCES = Task(
 # ----- grade this: implementations as source text -----------------------------------------------------------
 
 
-def _right_matrices(
-    x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, n_heads: int
-) -> Tensor:
+def _right_matrices(x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, n_heads: int) -> Tensor:
     b, n, width = x.shape
     q, k, v = ((x @ w).reshape(b, n, n_heads, -1).transpose(1, 2) for w in (w_q, w_k, w_v))
     weights = torch.softmax(q @ k.transpose(2, 3) / (width // n_heads) ** 0.5, dim=-1)
@@ -1156,36 +1157,28 @@ def _wrong_axis(x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, n
     return (weights @ v).transpose(1, 2).reshape(b, n, width) @ w_o
 
 
-def _wrong_over_heads(
-    x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, n_heads: int
-) -> Tensor:
+def _wrong_over_heads(x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, n_heads: int) -> Tensor:
     b, n, width = x.shape
     q, k, v = ((x @ w).reshape(b, n, n_heads, -1) for w in (w_q, w_k, w_v))
     weights = torch.softmax(q @ k.transpose(2, 3) / (width // n_heads) ** 0.5, dim=-1)
     return (weights @ v).reshape(b, n, width) @ w_o
 
 
-def _wrong_no_output(
-    x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, n_heads: int
-) -> Tensor:
+def _wrong_no_output(x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, n_heads: int) -> Tensor:
     b, n, width = x.shape
     q, k, v = ((x @ w).reshape(b, n, n_heads, -1).transpose(1, 2) for w in (w_q, w_k, w_v))
     weights = torch.softmax(q @ k.transpose(2, 3) / (width // n_heads) ** 0.5, dim=-1)
     return (weights @ v).transpose(1, 2).reshape(b, n, width)
 
 
-def _wrong_not_joined(
-    x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, n_heads: int
-) -> Tensor:
+def _wrong_not_joined(x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, n_heads: int) -> Tensor:
     b, n, width = x.shape
     q, k, v = ((x @ w).reshape(b, n, n_heads, -1).transpose(1, 2) for w in (w_q, w_k, w_v))
     weights = torch.softmax(q @ k.transpose(2, 3) / (width // n_heads) ** 0.5, dim=-1)
     return weights @ v
 
 
-def _wrong_discarded(
-    x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, n_heads: int
-) -> Tensor:
+def _wrong_discarded(x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, n_heads: int) -> Tensor:
     b, n, width = x.shape
     q, k, v = ((x @ w).reshape(b, n, n_heads, -1).transpose(1, 2) for w in (w_q, w_k, w_v))
     weights = torch.softmax(q @ k.transpose(2, 3) / (width // n_heads) ** 0.5, dim=-1)
