@@ -16,7 +16,7 @@ from sklearn.metrics import f1_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dianlib import lstm, metrics, mlp, rnn, search, training
+from dianlib import lstm, metrics, mlp, multihead, rnn, search, training
 from dianlib.checks import check, grade, hint, tasks
 from dianlib.checks.judging import Bench, anchor, judge
 from dianlib.checks.running import Probe, run_all
@@ -165,6 +165,22 @@ class ClassifierOnTorch(nn.Module):
         return self.output(self.layer(x)[0][:, -1])
 
 
+def parameters_of_torch(d_model: int, n_heads: int) -> int:
+    return sum(p.numel() for p in nn.MultiheadAttention(d_model, n_heads).parameters())
+
+
+class MultiHeadByTorch(nn.Module):
+    def __init__(self, d_model: int, n_heads: int) -> None:
+        super().__init__()
+        self.layer = nn.MultiheadAttention(d_model, n_heads, batch_first=True)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Any = None) -> Any:
+        if mask is not None:
+            shape = (len(query), self.layer.num_heads, query.shape[1], key.shape[1])
+            mask = ~mask.expand(shape).flatten(0, 1)
+        return self.layer(query, key, value, attn_mask=mask, average_attn_weights=False)
+
+
 SHORTCUTS: list[tuple[str, Any]] = [
     ("metrics.confusion_matrix", metrics.confusion_matrix),
     ("metrics.accuracy", metrics.accuracy),
@@ -226,6 +242,14 @@ SHORTCUTS: list[tuple[str, Any]] = [
     ("lstm.gates", lstm.gates),
     ("lstm.to_torch_order", lstm.to_torch_order),
     ("lstm.hidden_size_at_budget", lstm.hidden_size_at_budget),
+    ("multihead.split_heads", multihead.split_heads),
+    ("multihead.merge_heads", multihead.merge_heads),
+    ("multihead.parameter_count", multihead.parameter_count),
+    ("multihead.parameter_count", parameters_of_torch),
+    ("multihead.MultiHeadAttention", multihead.MultiHeadAttention),
+    ("multihead.MultiHeadAttention", MultiHeadByTorch),
+    ("multihead.head_contributions", multihead.head_contributions),
+    ("multihead.head_distances", multihead.head_distances),
 ]
 
 
