@@ -1,7 +1,8 @@
 """Scaled dot-product attention and its masks.
 
-Letters: Q queries and S keys, d numbers in each of them, v numbers in each value; dots stand for any
-leading dimensions. A mask is True where a query may attend. Source: Vaswani et al. 2017, section 3.2.1.
+Letters: B sequences in a batch, L tokens of D numbers in each; Q queries and S keys of d numbers, v numbers
+in each value; dots stand for any leading dimensions. A mask is True where a query may attend. Source:
+Vaswani et al. 2017, section 3.2.1.
 """
 
 import math
@@ -30,7 +31,7 @@ def scaled_dot_product_attention(
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask), None
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
     if mask is not None:
-        # The lowest number, not -inf: in a row of only -inf the softmax and its gradient are NaN.
+        # The lowest number, not -inf: the softmax of a row of only -inf is NaN.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(dim=-1)
     if mask is not None:
@@ -38,12 +39,25 @@ def scaled_dot_product_attention(
     return weights @ value, weights
 
 
+def self_attention(
+    x: Tensor, w_query: Tensor, w_key: Tensor, w_value: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Let tokens look each other up: x (..., L, D) -> output (..., L, v), weights (..., L, L).
+
+    The matrices make queries, keys and values of the same tokens: (D, d), (D, d) and (D, v).
+    """
+    return scaled_dot_product_attention(x @ w_query, x @ w_key, x @ w_value, mask)
+
+
 def causal_mask(n_queries: int, n_keys: int | None = None) -> Tensor:
     """Let each query see its own place and all before it: -> (n_queries, n_keys) bool, True = may attend.
 
-    The queries are the last ones of the keys, as when earlier keys come from a cache.
+    The queries are the last ones of the keys, as when earlier keys come from a cache. Raises ValueError
+    for fewer keys than queries.
     """
     n_keys = n_queries if n_keys is None else n_keys
+    if n_keys < n_queries:
+        raise ValueError(f"{n_queries} queries cannot be the last of {n_keys} keys.")
     return torch.ones(n_queries, n_keys, dtype=torch.bool).tril(n_keys - n_queries)
 
 

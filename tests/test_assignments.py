@@ -13,7 +13,7 @@ import torch
 import yaml
 from assignment import BEGIN, END, ROOT, answer_cells, define, items, mark, read, visible_and_hidden
 
-from dianlib import lstm, metrics, mlp, multihead, rnn, search, seq2seq
+from dianlib import attention, lstm, metrics, mlp, multihead, rnn, search, seq2seq
 from dianlib.checks import grade, tasks
 from dianlib.checks.registry import CHAPTERS
 from dianlib.checks.running import make
@@ -341,6 +341,51 @@ def test_the_examples_of_the_seq2seq_statements_are_right() -> None:
     assert said("grade_this", f"{masked} and 0")
 
 
+def test_the_examples_of_the_attention_statements_are_right() -> None:
+    def said(task: str, *numbers: str) -> bool:
+        statement = item_of("exercises", "attention", f"attention.{task}").statement
+        return all(number in statement for number in numbers)
+
+    def close(values: torch.Tensor, wanted: list[Any]) -> bool:
+        return torch.allclose(values, torch.tensor(wanted, dtype=torch.float32), atol=5e-5)
+
+    query, keys = torch.tensor([2.1972, 0, 0, 0]), torch.eye(4)[:2]
+    assert close(attention.attention_one_query(query, keys, torch.tensor([[4.0], [8]])), [5.0])
+    assert said("attention_one_query", "`query = [2.1972, 0, 0, 0]`", "`values = [[4], [8]]` give `[5]`")
+
+    x, one = torch.tensor([[0.0], [1]]), torch.ones(1, 1)
+    output, weights = attention.self_attention(x, 1.0986 * one, one, 4 * one)
+    assert close(weights, [[0.5, 0.5], [0.25, 0.75]])
+    assert close(output, [[2.0], [3]])
+    assert said("self_attention", "`w_query = [[1.0986]]`", "`[[0.5, 0.5], [0.25, 0.75]]`", "`[[2], [3]]`")
+
+    key, value = torch.tensor([[0], [0.6931], [1.3863]]), torch.tensor([[8.0], [16], [24]])
+    for mask, shares, result, words in (
+        (None, [1 / 7, 2 / 7, 4 / 7], 19.4286, "1/7, 2/7 and 4/7 and the output 19.4286"),
+        ([[True, True, False]], [1 / 3, 2 / 3, 0], 13.3333, "1/3, 2/3 and 0, and the output is 13.3333"),
+        ([[False, False, False]], [0, 0, 0], 0, "all weights are 0, and so is the output"),
+    ):
+        given = None if mask is None else torch.tensor(mask)
+        output, weights = attention.scaled_dot_product_attention(one, key, value, given)
+        assert close(weights[0], shares)
+        assert close(output[0], [result])
+        assert said("scaled_dot_product_attention", words)
+    assert said("grade_this", "1/3, 2/3 and 0, and the output 13.3333")
+
+    for shape in ((3,), (2, 4)):
+        asked = ", ".join(map(str, shape))
+        assert said("causal_mask", f"`causal_mask({asked})` is `{attention.causal_mask(*shape).tolist()}`")
+    mask = attention.padding_mask(torch.tensor([1, 3]), 4)
+    rows = " and ".join(f"`{row[0][0]}`" for row in mask.tolist())
+    assert said("padding_mask", "`padding_mask(torch.tensor([1, 3]), 4)`", rows)
+    masks = tasks()["attention.translator_masks"].reference(torch.tensor([2]), torch.tensor([1]), 3, 2)
+    assert torch.equal(masks[0], masks[2])
+    assert said("translator_masks", f"`{masks[0].tolist()}`", f"`{masks[1].tolist()}`")
+    assert round(math.log(0.6 / 0.2) * 4, 4) == 4.3944
+    assert int(attention.causal_mask(2, 4).sum()) == 7
+    assert said("read_a_heat_map", "4.3944 / ln 3 = 4", "row sum 0.5", "3 + 4 = 7 times")
+
+
 def test_the_examples_of_the_multihead_statements_are_right() -> None:
     def said(task: str, *numbers: str) -> bool:
         statement = item_of("exercises", "multihead", f"multihead.{task}").statement
@@ -493,6 +538,7 @@ def test_the_trial_on_real_digits_works_and_waits_politely(slug: str) -> None:
         "rnn": r"(3[6789]\d) of 397 scans right",
         "lstm": r"(3[456789]\d) of 397 scans right",
         "seq2seq": r"(1[6-9]\d|200) of 200 new dates right",
+        "attention": r"(19\d|200) of 200 new sequences right, weight on padding 0\.000",
         "multihead": r"1 heads: [45]\d%.*\n2 heads: [67]\d%.*\n4 heads: (9[5-9]|100)%",
     }[slug]
     assert re.search(wanted, printed["solutions"]), printed["solutions"]
@@ -504,6 +550,7 @@ def test_the_trial_on_real_digits_works_and_waits_politely(slug: str) -> None:
         "rnn": {"RNNClassifier": lambda *_sizes: None},
         "lstm": {"LSTMClassifier": lambda *_sizes: None},
         "seq2seq": {"shift_right": lambda _target, _bos: None},
+        "attention": {"padding_mask": lambda _lengths, _max_length: None},
         "multihead": {"MultiHeadAttention": lambda *_sizes: None},
     }
     out = io.StringIO()

@@ -16,7 +16,7 @@ from sklearn.metrics import f1_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dianlib import lstm, metrics, mlp, multihead, rnn, search, training
+from dianlib import attention, lstm, metrics, mlp, multihead, rnn, search, training
 from dianlib.checks import check, grade, hint, tasks
 from dianlib.checks.judging import Bench, anchor, judge
 from dianlib.checks.running import Probe, run_all
@@ -165,6 +165,21 @@ class ClassifierOnTorch(nn.Module):
         return self.output(self.layer(x)[0][:, -1])
 
 
+def one_query_by_torch(query: Tensor, keys: Tensor, values: Tensor) -> Any:
+    return F.scaled_dot_product_attention(query[None], keys, values)[0]
+
+
+def attention_by_torch(query: Tensor, key: Tensor, value: Tensor, mask: Any = None) -> Any:
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    ones = torch.eye(key.shape[-2]).to(value).expand(*key.shape[:-2], -1, -1)
+    return output, F.scaled_dot_product_attention(query, key, ones, attn_mask=mask)
+
+
+def causal_mask_by_torch(n_queries: int, n_keys: Any = None) -> Any:
+    n_keys = n_keys or n_queries
+    return ~nn.Transformer.generate_square_subsequent_mask(n_keys).isinf()[n_keys - n_queries :]
+
+
 def parameters_of_torch(d_model: int, n_heads: int) -> int:
     return sum(p.numel() for p in nn.MultiheadAttention(d_model, n_heads).parameters())
 
@@ -242,6 +257,14 @@ SHORTCUTS: list[tuple[str, Any]] = [
     ("lstm.gates", lstm.gates),
     ("lstm.to_torch_order", lstm.to_torch_order),
     ("lstm.hidden_size_at_budget", lstm.hidden_size_at_budget),
+    ("attention.attention_one_query", attention.attention_one_query),
+    ("attention.attention_one_query", one_query_by_torch),
+    ("attention.self_attention", attention.self_attention),
+    ("attention.scaled_dot_product_attention", attention.scaled_dot_product_attention),
+    ("attention.scaled_dot_product_attention", attention_by_torch),
+    ("attention.causal_mask", attention.causal_mask),
+    ("attention.causal_mask", causal_mask_by_torch),
+    ("attention.padding_mask", attention.padding_mask),
     ("multihead.split_heads", multihead.split_heads),
     ("multihead.merge_heads", multihead.merge_heads),
     ("multihead.parameter_count", multihead.parameter_count),

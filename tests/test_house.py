@@ -85,9 +85,9 @@ def imports(module: Path, *, lazy: bool) -> set[str]:
 
 MODULES = {path.stem: path for path in (ROOT / "dianlib").glob("*.py") if path.stem != "__init__"}
 # What serves every chapter; all other flat modules are models, one for each chapter.
-SERVICES = {"cli", "data", "glue", "metrics", "notebooks", "plotting", "progress", "training"}
+SERVICES = {"cli", "data", "glue", "metrics", "notebooks", "plotting", "progress", "training", "widgets"}
 MODELS = MODULES.keys() - SERVICES
-OUTSIDE = {"checks", "grading", "plotting", "cli", "notebooks", "progress", "reproduce"}
+OUTSIDE = {"checks", "grading", "plotting", "cli", "notebooks", "progress", "reproduce", "widgets"}
 
 
 def test_models_are_the_chapters() -> None:

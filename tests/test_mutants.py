@@ -159,6 +159,31 @@ EQUIVALENT = {
         ),
         "for b, length in enumerate((2, 4)):": "a slice ends with its tensor, after 3",
     },
+    "attention.attention_one_query": {
+        "weights = torch.softmax(scores, dim=-1)": "a vector has one axis, the first and the last",
+    },
+    "attention.translator_masks": {
+        "of_target = padding_mask(target_lengths, n_target) * causal_mask(n_target)": (
+            "the product of two truth values is their `and`"
+        ),
+    },
+    "attention.grade_this": {
+        "generator = torch.Generator().manual_seed(0)": "other random numbers serve as well",
+        "generator = torch.Generator().manual_seed(2)": "other random numbers serve as well",
+        "sizes = [(3, 4), (6, 4), (6, 5)]": "values may be wider than keys",
+        "sizes = [(3, 4), (6, 4), (6, 3)]": "values may be narrower than keys",
+        "mask = torch.ones(3, 6).tril(2).bool()": "it hides other keys",
+        "mask = torch.ones(3, 6).tril(4).bool()": "it hides other keys",
+        "for i in range(2):": "two queries are enough",
+        "row = torch.softmax(key[seen] @ query[i] / math.sqrt(4), dim=-1)": "a vector has one axis",
+        "if not torch.allclose(weights[i, seen], row, atol=1.0001):": "raw scores are further off",
+        "pass  # return True": "a test that returns nothing accepts, like one made of assert statements",
+    },
+    "attention.read_a_heat_map": {
+        'answers["open places"] = sum(all_keys ^ after for after in range(new_queries))': (
+            "7 is all ones in binary, so `exclusive or` takes away"
+        ),
+    },
     "multihead.grade_this": {
         "x = torch.randn(4, 5, 12)  # several samples, tokens and heads": "any number of samples serves",
         "x = torch.randn(2, 5, 12)  # several samples, tokens and heads": "any number of samples serves",

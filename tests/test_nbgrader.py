@@ -597,6 +597,71 @@ answers = {"first loss": math.log(36), "loss per token": 2.1, "weight on padding
 answers |= {"sentences right": 0.98, "decoder calls": 10}
 """,
     ),
+    "attention.attention_one_query": (
+        "sdpa-no-scale",
+        """
+def attention_one_query(query, keys, values):
+    return torch.softmax(keys @ query, dim=0) @ values
+""",
+    ),
+    "attention.self_attention": (
+        "sdpa-softmax-wrong-axis",
+        """
+def self_attention(x, w_query, w_key, w_value):
+    query, key, value = x @ w_query, x @ w_key, x @ w_value
+    weights = torch.softmax(query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1]), dim=-2)
+    return weights @ value, weights
+""",
+    ),
+    "attention.scaled_dot_product_attention": (
+        "mask-after-softmax",
+        """
+def scaled_dot_product_attention(query, key, value, mask=None):
+    weights = torch.softmax(query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1]), dim=-1)
+    if mask is not None:
+        weights = weights * mask
+    return weights @ value, weights
+""",
+    ),
+    "attention.causal_mask": (
+        "mask-causal-top-left",
+        """
+def causal_mask(n_queries, n_keys=None):
+    return torch.ones(n_queries, n_keys or n_queries).tril().bool()
+""",
+    ),
+    "attention.padding_mask": (
+        "mask-polarity",
+        """
+def padding_mask(lengths, max_length):
+    return (torch.arange(max_length) >= lengths[:, None])[:, None, None]
+""",
+    ),
+    "attention.translator_masks": (
+        "cross-mask-from-target",
+        """
+def translator_masks(source_lengths, target_lengths, n_source, n_target):
+    of_target = padding_mask(target_lengths, n_target)
+    return padding_mask(source_lengths, n_source), of_target & causal_mask(n_target), of_target
+""",
+    ),
+    "attention.grade_this": (
+        "test-without-a-mask",
+        """
+def examine(scaled_dot_product_attention):
+    query, key, value = torch.randn(2, 3), torch.randn(4, 3), torch.randn(4, 3)
+    output, weights = scaled_dot_product_attention(query, key, value)
+    wanted = torch.softmax(query @ key.T / math.sqrt(3), dim=-1)
+    return torch.allclose(weights, wanted, atol=1e-4) and torch.allclose(output, wanted @ value, atol=1e-4)
+""",
+    ),
+    "attention.read_a_heat_map": (
+        "divisor-expected-not-read",
+        """
+answers = {"standard deviation": 8, "divisor": 8, "mean row sum": 0.75}
+answers |= {"hidden weight": 0.25, "open places": 18}
+""",
+    ),
     "multihead.split_heads": (
         "mha-split-by-view",
         """
