@@ -20,14 +20,12 @@ from dianlib.checks.kinds import (
 from dianlib.checks.running import Outcome, Probe
 from dianlib.checks.task import Fault, Task
 
-WHY = "multihead: What can one head not do?"
 READINGS = "multihead: The whole width for every head, or a piece of it?"
 SPLIT = "multihead: What do view and transpose do to the numbers?"
 MATHS = "multihead: The mathematics, with shapes"
 STEPS = "multihead: From eight small matrices to one"
 LIBRARY = "multihead: The library version, and torch's"
 LEARN = "multihead: What do the heads learn?"
-WRONG = "multihead: Tempting, but wrong"
 CASE = "multihead: The case, solved"
 
 # The layer of torch is the answer itself; attention for one head is not.
@@ -321,7 +319,7 @@ PARAMETER_COUNT = Task(
             "mha-shared-small-projection",
             "You count one small layer of d by d for all heads: that is the layer that cuts first and projects afterwards.",
             "Project the whole width with D by D, then cut.",
-            READINGS,
+            CASE,
             settings=[{"width": "d by d"}],
         ),
         Fault(
@@ -656,7 +654,7 @@ MODULE = Task(
             "mha-shared-small-projection",
             "You cut first and project afterwards: all heads share one small matrix of d by d, and each sees its own slice only.",
             "Project the whole width with nn.Linear(D, D), then cut the result in heads.",
-            READINGS,
+            CASE,
             settings=[{"projection": "small"}],
         ),
         Fault(
@@ -671,7 +669,7 @@ MODULE = Task(
             "The values are one number wide in each head, so a head returns a single number for a token.",
             "Give the values the width D / H, too.",
             MATHS,
-            settings=[{"source": "values of one number"}],
+            implementations=[_form(source="values of one number")],
         ),
         Fault(
             "mha-split-by-view",
@@ -708,7 +706,7 @@ MODULE = Task(
             "The heads are averaged before o_proj, so it cannot tell them apart.",
             "Lay the heads side by side: the input of o_proj is H d wide.",
             SPLIT,
-            settings=[{"merge": "mean"}],
+            implementations=[_form(merge="mean")],
         ),
         Fault(
             "sdpa-scale-sqrt-embed",
@@ -785,10 +783,10 @@ MODULE = Task(
         ),
         Fault(
             "mask-tensor-truthiness",
-            "`if mask:` asks a whole tensor for one truth value, and fails as soon as it has two.",
+            "You write `if mask:`, which asks a whole tensor for one truth value and fails as soon as it has two.",
             "Write `if mask is not None:`.",
             MATHS,
-            settings=[{"mask": "if mask"}],
+            implementations=[_form(mask="if mask")],
         ),
         Fault(
             "mha-no-output-projection",
@@ -918,7 +916,7 @@ CONTRIBUTIONS = Task(
         ),
         Fault(
             "mha-split-by-view",
-            "o_weight is viewed as (H, D, d) at once, which mixes its rows.",
+            "You view o_weight as (H, D, d) at once, which mixes its rows.",
             "Slice its columns, or cut the last axis first and move the axis afterwards.",
             SPLIT,
             settings=[{"block": "view"}],
