@@ -1,6 +1,6 @@
 """Multi-head attention: the width is cut in heads, each head attends for itself, and they are joined.
 
-Letters: B samples, L places, D the width of the model, H heads of d = D / H numbers, Q queries and S keys.
+Letters: B samples, L tokens or queries, S keys, D the width of the model, H heads of d = D / H numbers.
 Source: Vaswani et al. 2017, section 3.2.2.
 """
 
@@ -27,7 +27,7 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 class MultiHeadAttention(nn.Module):
-    """Attend with H heads: (B, Q, D), (B, S, D), (B, S, D) -> output (B, Q, D), weights (B, H, Q, S).
+    """Attend with H heads: (B, L, D), (B, S, D), (B, S, D) -> output (B, L, D), weights (B, H, L, S).
 
     ``mask`` is bool, broadcasts to the weights, and is True where a query may attend. Without
     ``need_weights`` torch's fused kernel does the work, and the weights are None.
@@ -81,11 +81,11 @@ def head_contributions(heads: Tensor, o_weight: Tensor) -> Tensor:
 
 
 def head_distances(weights: Tensor) -> Tensor:
-    """Say how differently heads look: weights (B, H, Q, S) -> (H, H), from 0, the same, to 1, disjoint.
+    """Say how differently heads look: weights (B, H, L, S) -> (H, H), from 0, the same, to 1, disjoint.
 
     The distance of two rows of weights is half the sum of their absolute differences (total variation):
     the share of attention that one head would have to move to look like the other. It is averaged over
     samples and queries.
     """
-    difference = weights.unsqueeze(2) - weights.unsqueeze(1)  # (B, H, H, Q, S)
+    difference = weights.unsqueeze(2) - weights.unsqueeze(1)  # (B, H, H, L, S)
     return difference.abs().sum(dim=-1).mean(dim=(0, 3)) / 2
