@@ -385,9 +385,8 @@ def _module_probes(generator: torch.Generator) -> list[Probe]:
                 randn(generator, width) * 0.5,
             ]
         args = {
-            "query": randn(generator, n, n_queries, width),
-            "key": randn(generator, n, n_keys, width),
-            "value": randn(generator, n, n_keys, width),
+            name: (randn(generator, n, length, width) * 4).round() / 4
+            for name, length in (("query", n_queries), ("key", n_keys), ("value", n_keys))
         }
         wanted = (*args, "parameters")
         if mask is not None:
@@ -408,7 +407,7 @@ def _module_probes(generator: torch.Generator) -> list[Probe]:
     of_heads = torch.rand(2, 4, 3, 4, generator=generator) < 0.6
     of_heads[..., 0] = True
     return [
-        probe("two samples, three tokens of width 6, two heads", (6, 2), 2, 3, 3, core=True),
+        probe("one sample, three tokens of width 6, two heads", (6, 2), 1, 3, 3, core=True),
         probe("three samples, five queries, seven keys, eight heads of 3", (24, 8), 3, 5, 7, core=True),
         probe("a causal mask (5, 5)", (12, 4), 3, 5, 5, causal, weight=2.0),
         probe("a padding mask (3, 1, 1, 7)", (12, 3), 3, 2, 7, padding, weight=2.0),
