@@ -11,9 +11,10 @@ from dianlib.attention import scaled_dot_product_attention
 
 
 def split_heads(x: Tensor, n_heads: int) -> Tensor:
-    """Cut the width in heads: (B, L, D) -> (B, H, L, d). Head h gets columns h d to (h + 1) d - 1.
+    """Cut the width in heads: (B, L, D) -> (B, H, L, d).
 
-    Raises ValueError when the width cannot be cut in ``n_heads`` equal parts.
+    Head h gets the columns h d to (h + 1) d - 1. Raises ValueError when the width cannot be
+    cut in ``n_heads`` equal parts.
     """
     if x.shape[-1] % n_heads:
         raise ValueError(f"a width of {x.shape[-1]} cannot be cut in {n_heads} equal heads.")
@@ -22,15 +23,16 @@ def split_heads(x: Tensor, n_heads: int) -> Tensor:
 
 
 def merge_heads(x: Tensor) -> Tensor:
-    """Lay the heads side by side again: (B, H, L, d) -> (B, L, H d); undoes ``split_heads``."""
+    """Lay the heads side by side: (B, H, L, d) -> (B, L, H d). It undoes ``split_heads``."""
     return x.transpose(-3, -2).flatten(-2)
 
 
 class MultiHeadAttention(nn.Module):
-    """Attend with H heads: (B, L, D), (B, S, D), (B, S, D) -> output (B, L, D), weights (B, H, L, S).
+    """Attend with H heads: query (B, L, D), key and value (B, S, D).
 
-    ``mask`` is bool, broadcasts to the weights, and is True where a query may attend. Without
-    ``need_weights`` torch's fused kernel does the work, and the weights are None.
+    Returns the output (B, L, D) and the weights (B, H, L, S). ``mask`` is bool, broadcasts
+    to the weights, and is True where a query may attend. Without ``need_weights`` torch's
+    fused kernel does the work, and the weights are None.
     """
 
     def __init__(self, d_model: int, n_heads: int) -> None:
