@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from dianlib import attention, lstm, metrics, mlp, multihead, rnn, search, training
 from dianlib.checks import check, grade, hint, tasks
 from dianlib.checks.judging import Bench, anchor, judge
-from dianlib.checks.running import Probe, run_all
+from dianlib.checks.running import Probe, run, run_all
 from dianlib.checks.table import Trial, trials, write_rows
 
 ROOT = Path(__file__).parent.parent
@@ -347,6 +347,29 @@ def test_misbehaviour_gets_a_report(name: str, candidate: Callable[..., Any]) ->
     assert report.message.startswith(name)
     assert "dianlib/checks" not in report.message, report.message
     assert "Traceback" not in report.message
+
+
+def test_layers_are_loaded_by_name_whatever_their_order_and_size() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(shape, generator=generator) for shape in ((4, 4), (4,), (4, 4), (4,))]
+    names = ("first.weight", "first.bias", "second.weight", "second.bias")
+
+    def loaded(**layers: nn.Linear) -> nn.Module:
+        build = partial(nn.ModuleDict, layers)
+        run(build, Probe("", {}, build=(), state=tuple(values), names=names))
+        return nn.ModuleDict(layers)
+
+    turned = loaded(second=nn.Linear(4, 4), first=nn.Linear(4, 4))
+    assert all(torch.equal(turned.get_parameter(n), v) for n, v in zip(names, values, strict=True))
+    renamed = loaded(a=nn.Linear(4, 4), b=nn.Linear(4, 4))
+    assert all(torch.equal(p, v) for p, v in zip(renamed.parameters(), values, strict=True))
+    weight, bias = loaded(both=nn.Linear(4, 8)).parameters()
+    assert torch.equal(weight, torch.cat(values[::2]))
+    assert torch.equal(bias, torch.cat(values[1::2]))
+    # One of another size gets definite numbers: a part of them, or the same ones again.
+    small, _, large, _ = loaded(first=nn.Linear(2, 3), second=nn.Linear(4, 6)).parameters()
+    assert torch.equal(small, values[0][:3, :2])
+    assert torch.equal(large, torch.cat([values[2], values[2][:2]]))
 
 
 @pytest.mark.parametrize("value", [None, 5, "softmax", torch.zeros(3), [1, 2], {"a": 1}])
