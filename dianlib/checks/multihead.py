@@ -385,7 +385,7 @@ def _module_probes(generator: torch.Generator) -> list[Probe]:
                 randn(generator, width) * 0.5,
             ]
         args = {
-            name: (randn(generator, n, length, width) * 4).round() / 4
+            name: (randn(generator, n, length, width) * 4).round() / 4 + 0.0  # no -0.0 in a report
             for name, length in (("query", n_queries), ("key", n_keys), ("value", n_keys))
         }
         wanted = (*args, "parameters")
@@ -431,6 +431,7 @@ class _FaultyModule(nn.Module):
         output: str = "o_proj",
         returned: str = "every head",
         source: str = "as given",
+        bias: bool = True,
         cut: str = "",
     ) -> None:
         super().__init__()
@@ -442,12 +443,12 @@ class _FaultyModule(nn.Module):
         n_out = {"small": self.d, "full width": d_model * n_heads}.get(projection, d_model)
         narrow = source == "values of one number"
         n_value = (1 if projection == "small" else n_heads) if narrow else n_out
-        self.q_proj = nn.Linear(n_in, n_out)
-        self.k_proj = nn.Linear(n_in, n_out)
-        self.v_proj = nn.Linear(n_in, n_value)
+        self.q_proj = nn.Linear(n_in, n_out, bias)
+        self.k_proj = nn.Linear(n_in, n_out, bias)
+        self.v_proj = nn.Linear(n_in, n_value, bias)
         if output != "no layer":
             joined = n_heads if narrow else n_out * n_heads if projection == "small" else n_out
-            self.o_proj = nn.Linear(joined, d_model)
+            self.o_proj = nn.Linear(joined, d_model, bias)
 
     def _cut(self, x: Tensor, split: str) -> Tensor:
         b, length, width = x.shape
@@ -476,8 +477,8 @@ class _FaultyModule(nn.Module):
             return normalised(scores)
         if self.how_masked == "after":
             return normalised(scores).masked_fill(~mask, 0.0)
-        forbidden = mask if self.how_masked == "inverted" else ~mask
-        low = -1e-9 if self.how_masked == "-1e-9" else -1e30
+        forbidden = mask if self.how_masked.startswith("inverted") else ~mask
+        low = {"-1e-9": -1e-9, "inverted, -inf": -math.inf}.get(self.how_masked, -1e30)
         return normalised(scores.masked_fill(forbidden, low))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Any:
@@ -551,13 +552,14 @@ def _row_sums(probe: Probe, got: Outcome, wanted: Outcome) -> str:
 
 
 def _count(probe: Probe, got: Outcome, wanted: Outcome) -> str:
+    """Say that the module has other parameters, or returns its output alone."""
     count, right = got.values.get("number of parameters"), wanted.values.get("number of parameters")
     if count != right:
         return (
             f"parameters() finds {count} numbers; this module has {right}: four layers nn.Linear(D, D) "
             "called q_proj, k_proj, v_proj and o_proj."
         )
-    return ""
+    return "It returned one tensor; return the pair (output, weights)." if "result" in got.values else ""
 
 
 class _ByEinsum(torch.nn.Module):
@@ -772,6 +774,7 @@ MODULE = Task(
             "True means: may attend. Fill the scores where the mask is False.",
             MATHS,
             settings=[{"mask": "inverted"}],
+            implementations=[_form(mask="inverted, -inf")],
         ),
         Fault(
             "mask-after-softmax",
@@ -816,6 +819,13 @@ MODULE = Task(
             MATHS,
             settings=[{"source": "query for all"}],
             implementations=[_form(source="values from the keys")],
+        ),
+        Fault(
+            "mha-without-biases",
+            "Your four layers have no biases.",
+            "Leave nn.Linear its bias: bias=True is what it does unless it is told otherwise.",
+            MATHS,
+            implementations=[_form(bias=False)],
         ),
         Fault("backward-detached", *DETACHED, STEPS, settings=[{"cut": "all"}], sign=without_gradient),
     ],
