@@ -24,7 +24,7 @@ READINGS = "multihead: The whole width for every head, or a piece of it?"
 SPLIT = "multihead: What do view and transpose do to the numbers?"
 MATHS = "multihead: The mathematics, with shapes"
 STEPS = "multihead: From eight small matrices to one"
-LIBRARY = "multihead: The library version, and torch's"
+LIBRARY = "multihead: The library version, beside torch"
 LEARN = "multihead: What do the heads learn?"
 CASE = "multihead: The case, solved"
 
