@@ -300,6 +300,32 @@ def recall_task(
     return inputs, symbols[:, 0]
 
 
+def lookup_task(
+    n_samples: int,
+    n_questions: int = 6,
+    n_items: int = 6,
+    n_fields: int = 4,
+    n_values: int = 6,
+    *,
+    generator: Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Make lists of items, and questions that ask for every field, each time of another item.
+
+    Returns questions (N, n_questions, n_fields * n_items), items (N, n_items, n_items + n_fields * n_values),
+    both float32, and targets (N, n_questions, n_fields) int64. An item is its name and the values of its
+    fields, one-hot side by side. A question names one item for each field, drawn at random; the target is
+    that item's value of the field. So one look at one item cannot answer it. Raises ValueError for a number
+    below 1.
+    """
+    if min(n_samples, n_questions, n_items, n_fields, n_values) < 1:
+        raise ValueError("the numbers of samples, questions, items, fields and values must be at least 1.")
+    values = torch.randint(n_values, (n_samples, n_items, n_fields), generator=generator)
+    asked = torch.randint(n_items, (n_samples, n_questions, n_fields), generator=generator)
+    names = torch.eye(n_items)
+    items = torch.cat([names.expand(n_samples, -1, -1), torch.eye(n_values)[values].flatten(2)], dim=2)
+    return names[asked].flatten(2), items, values.gather(1, asked)
+
+
 # ----- sentences ---------------------------------------------------------------------------------------
 
 # The first four numbers of every vocabulary: padding, begin, end, and any token that is not listed.

@@ -1,18 +1,20 @@
 """Multi-head attention: the width is cut in heads, each head attends for itself, and they are joined.
 
-Letters: B samples, L places, D the width of the model, H heads of d = D / H numbers, Q queries and S keys.
+Letters: B samples, L tokens or queries, S keys, D the width of the model, H heads of d = D / H numbers.
 Source: Vaswani et al. 2017, section 3.2.2.
 """
 
+import torch
 from torch import Tensor, nn
 
 from dianlib.attention import scaled_dot_product_attention
 
 
 def split_heads(x: Tensor, n_heads: int) -> Tensor:
-    """Cut the width in heads: (B, L, D) -> (B, H, L, d). Head h gets columns h d to (h + 1) d - 1.
+    """Cut the width in heads: (B, L, D) -> (B, H, L, d).
 
-    Raises ValueError when the width cannot be cut in ``n_heads`` equal parts.
+    Head h gets the columns h d to (h + 1) d - 1. Raises ValueError when the width cannot be
+    cut in ``n_heads`` equal parts.
     """
     if x.shape[-1] % n_heads:
         raise ValueError(f"a width of {x.shape[-1]} cannot be cut in {n_heads} equal heads.")
@@ -21,15 +23,16 @@ def split_heads(x: Tensor, n_heads: int) -> Tensor:
 
 
 def merge_heads(x: Tensor) -> Tensor:
-    """Lay the heads side by side again: (B, H, L, d) -> (B, L, H d); undoes ``split_heads``."""
+    """Lay the heads side by side: (B, H, L, d) -> (B, L, H d). It undoes ``split_heads``."""
     return x.transpose(-3, -2).flatten(-2)
 
 
 class MultiHeadAttention(nn.Module):
-    """Attend with H heads: (B, Q, D), (B, S, D), (B, S, D) -> output (B, Q, D), weights (B, H, Q, S).
+    """Attend with H heads: query (B, L, D), key and value (B, S, D).
 
-    ``mask`` is bool, broadcasts to the weights, and is True where a query may attend. Without
-    ``need_weights`` torch's fused kernel does the work, and the weights are None.
+    Returns the output (B, L, D) and the weights (B, H, L, S). ``mask`` is bool, broadcasts
+    to the weights, and is True where a query may attend. Without ``need_weights`` torch's
+    fused kernel does the work, and the weights are None.
     """
 
     def __init__(self, d_model: int, n_heads: int) -> None:
@@ -66,3 +69,25 @@ def parameter_count(d_model: int, n_heads: int) -> int:
     if d_model % n_heads:
         raise ValueError(f"a width of {d_model} cannot be cut in {n_heads} equal heads.")
     return 4 * (d_model * d_model + d_model)
+
+
+def head_contributions(heads: Tensor, o_weight: Tensor) -> Tensor:
+    """Write the output as a sum over heads: heads (B, H, L, d), o_weight (D, H d) -> (B, H, L, D).
+
+    ``o_weight`` is stored as in nn.Linear, so head h owns its columns h d to (h + 1) d - 1. The sum over
+    the heads, plus the bias, is what ``o_proj`` returns.
+    """
+    _, n_heads, _, head_dim = heads.shape
+    blocks = o_weight.unflatten(1, (n_heads, head_dim))  # (D, H, d)
+    return torch.einsum("bhld,nhd->bhln", heads, blocks)
+
+
+def head_distances(weights: Tensor) -> Tensor:
+    """Say how differently heads look: weights (B, H, L, S) -> (H, H), from 0, the same, to 1, disjoint.
+
+    The distance of two rows of weights is half the sum of their absolute differences (total variation):
+    the share of attention that one head would have to move to look like the other. It is averaged over
+    samples and queries.
+    """
+    difference = weights.unsqueeze(2) - weights.unsqueeze(1)  # (B, H, H, L, S)
+    return difference.abs().sum(dim=-1).mean(dim=(0, 3)) / 2

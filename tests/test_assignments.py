@@ -13,7 +13,7 @@ import torch
 import yaml
 from assignment import BEGIN, END, ROOT, answer_cells, define, items, mark, read, visible_and_hidden
 
-from dianlib import attention, lstm, metrics, mlp, rnn, search, seq2seq
+from dianlib import attention, lstm, metrics, mlp, multihead, rnn, search, seq2seq
 from dianlib.checks import grade, tasks
 from dianlib.checks.registry import CHAPTERS
 from dianlib.checks.running import make
@@ -386,6 +386,41 @@ def test_the_examples_of_the_attention_statements_are_right() -> None:
     assert said("read_a_heat_map", "4.3944 / ln 3 = 4", "row sum 0.5", "3 + 4 = 7 times")
 
 
+def test_the_examples_of_the_multihead_statements_are_right() -> None:
+    def said(task: str, *numbers: str) -> bool:
+        statement = item_of("exercises", "multihead", f"multihead.{task}").statement
+        return all(number in statement for number in numbers)
+
+    x = torch.arange(1, 9).reshape(1, 2, 4)
+    heads = multihead.split_heads(x, 2)
+    assert multihead.merge_heads(heads).tolist() == x.tolist()
+    for task in ("split_heads", "merge_heads"):
+        assert said(task, f"`x = {x.tolist()}`" if task == "split_heads" else f"`{x.tolist()}`")
+        assert said(task, f"`{heads.tolist()}`" if task == "split_heads" else f"`x = {heads.tolist()}`")
+    assert said("parameter_count", f"the result is {multihead.parameter_count(4, 2)}")
+
+    layer = multihead.MultiHeadAttention(2, 2)
+    with torch.no_grad():
+        for part in (layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj):
+            part.weight.copy_(torch.eye(2))
+            part.bias.zero_()
+        output, weights = layer(*[torch.eye(2)[None]] * 3)
+    shown = [*output.tolist(), *weights[0].tolist()]
+    shown = [[[round(number, 4) for number in row] for row in rows] for rows in shown]
+    assert said("MultiHeadAttention", f"`[{shown[0]}]`", f"`{shown[2]}`")
+    assert said("grade_this", f"`[{shown[0]}]`")
+    assert shown[1] == [[0.7311, 0.2689], [0.5, 0.5]]
+
+    parts = multihead.head_contributions(
+        torch.tensor([[[[2.0]], [[3.0]]]]), torch.tensor([[1.0, 10], [100, 1000]])
+    )
+    assert parts.tolist() == [[[[2, 200]], [[30, 3000]]]]
+    assert said("head_contributions", "`[2, 200]`", "`[30, 3000]`")
+    distances = multihead.head_distances(torch.tensor([[[[0.5, 0.5, 0]], [[0, 0.5, 0.5]]]]))
+    assert said("head_distances", f"`{distances.tolist()}`".replace("0.0", "0"))
+    assert said("read_claims", f"would be {3 * 4 * 4} and {3 * 12 * 12}")
+
+
 # ----- the solutions -------------------------------------------------------------------------------------
 
 
@@ -504,6 +539,7 @@ def test_the_trial_on_real_digits_works_and_waits_politely(slug: str) -> None:
         "lstm": r"(3[456789]\d) of 397 scans right",
         "seq2seq": r"(1[6-9]\d|200) of 200 new dates right",
         "attention": r"(19\d|200) of 200 new sequences right, weight on padding 0\.000",
+        "multihead": r"1 heads: [45]\d%.*\n2 heads: [67]\d%.*\n4 heads: (9[5-9]|100)%",
     }[slug]
     assert re.search(wanted, printed["solutions"]), printed["solutions"]
     # A half-finished function gets a sentence, too.
@@ -515,6 +551,7 @@ def test_the_trial_on_real_digits_works_and_waits_politely(slug: str) -> None:
         "lstm": {"LSTMClassifier": lambda *_sizes: None},
         "seq2seq": {"shift_right": lambda _target, _bos: None},
         "attention": {"padding_mask": lambda _lengths, _max_length: None},
+        "multihead": {"MultiHeadAttention": lambda *_sizes: None},
     }
     out = io.StringIO()
     with contextlib.redirect_stdout(out):

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from sklearn.metrics import f1_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dianlib import attention, lstm, metrics, mlp, rnn, search, training
+from dianlib import attention, lstm, metrics, mlp, multihead, rnn, search, training
 from dianlib.checks import check, grade, hint, tasks
 from dianlib.checks.judging import Bench, anchor, judge
-from dianlib.checks.running import Probe, run_all
+from dianlib.checks.running import Probe, run, run_all
 from dianlib.checks.table import Trial, trials, write_rows
 
 ROOT = Path(__file__).parent.parent
@@ -180,6 +180,22 @@ def causal_mask_by_torch(n_queries: int, n_keys: Any = None) -> Any:
     return ~nn.Transformer.generate_square_subsequent_mask(n_keys).isinf()[n_keys - n_queries :]
 
 
+def parameters_of_torch(d_model: int, n_heads: int) -> int:
+    return sum(p.numel() for p in nn.MultiheadAttention(d_model, n_heads).parameters())
+
+
+class MultiHeadByTorch(nn.Module):
+    def __init__(self, d_model: int, n_heads: int) -> None:
+        super().__init__()
+        self.layer = nn.MultiheadAttention(d_model, n_heads, batch_first=True)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Any = None) -> Any:
+        if mask is not None:
+            shape = (len(query), self.layer.num_heads, query.shape[1], key.shape[1])
+            mask = ~mask.expand(shape).flatten(0, 1)
+        return self.layer(query, key, value, attn_mask=mask, average_attn_weights=False)
+
+
 SHORTCUTS: list[tuple[str, Any]] = [
     ("metrics.confusion_matrix", metrics.confusion_matrix),
     ("metrics.accuracy", metrics.accuracy),
@@ -249,6 +265,14 @@ SHORTCUTS: list[tuple[str, Any]] = [
     ("attention.causal_mask", attention.causal_mask),
     ("attention.causal_mask", causal_mask_by_torch),
     ("attention.padding_mask", attention.padding_mask),
+    ("multihead.split_heads", multihead.split_heads),
+    ("multihead.merge_heads", multihead.merge_heads),
+    ("multihead.parameter_count", multihead.parameter_count),
+    ("multihead.parameter_count", parameters_of_torch),
+    ("multihead.MultiHeadAttention", multihead.MultiHeadAttention),
+    ("multihead.MultiHeadAttention", MultiHeadByTorch),
+    ("multihead.head_contributions", multihead.head_contributions),
+    ("multihead.head_distances", multihead.head_distances),
 ]
 
 
@@ -323,6 +347,29 @@ def test_misbehaviour_gets_a_report(name: str, candidate: Callable[..., Any]) ->
     assert report.message.startswith(name)
     assert "dianlib/checks" not in report.message, report.message
     assert "Traceback" not in report.message
+
+
+def test_layers_are_loaded_by_name_whatever_their_order_and_size() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(shape, generator=generator) for shape in ((4, 4), (4,), (4, 4), (4,))]
+    names = ("first.weight", "first.bias", "second.weight", "second.bias")
+
+    def loaded(**layers: nn.Linear) -> nn.Module:
+        build = partial(nn.ModuleDict, layers)
+        run(build, Probe("", {}, build=(), state=tuple(values), names=names))
+        return nn.ModuleDict(layers)
+
+    turned = loaded(second=nn.Linear(4, 4), first=nn.Linear(4, 4))
+    assert all(torch.equal(turned.get_parameter(n), v) for n, v in zip(names, values, strict=True))
+    renamed = loaded(a=nn.Linear(4, 4), b=nn.Linear(4, 4))
+    assert all(torch.equal(p, v) for p, v in zip(renamed.parameters(), values, strict=True))
+    weight, bias = loaded(both=nn.Linear(4, 8)).parameters()
+    assert torch.equal(weight, torch.cat(values[::2]))
+    assert torch.equal(bias, torch.cat(values[1::2]))
+    # One of another size gets definite numbers: a part of them, or the same ones again.
+    small, _, large, _ = loaded(first=nn.Linear(2, 3), second=nn.Linear(4, 6)).parameters()
+    assert torch.equal(small, values[0][:3, :2])
+    assert torch.equal(large, torch.cat([values[2], values[2][:2]]))
 
 
 @pytest.mark.parametrize("value", [None, 5, "softmax", torch.zeros(3), [1, 2], {"a": 1}])

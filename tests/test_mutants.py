@@ -184,6 +184,14 @@ EQUIVALENT = {
             "7 is all ones in binary, so `exclusive or` takes away"
         ),
     },
+    "multihead.grade_this": {
+        "x = torch.randn(4, 5, 12)  # several samples, tokens and heads": "any number of samples serves",
+        "x = torch.randn(2, 5, 12)  # several samples, tokens and heads": "any number of samples serves",
+        "x = torch.randn(3, 6, 12)  # several samples, tokens and heads": "any few tokens serve",
+        "x = torch.randn(3, 4, 12)  # several samples, tokens and heads": "any few tokens serve",
+        "if True:": "without no_grad the numbers are the same; only memory is lost",
+        "oracle = nn.MultiheadAttention(12, 4, bias=True, batch_first=True)": "torch's biases start at zero",
+    },
 }
 
 

@@ -665,6 +665,81 @@ answers = {"standard deviation": 8, "divisor": 8, "mean row sum": 0.75}
 answers |= {"hidden weight": 0.25, "open places": 18}
 """,
     ),
+    "multihead.split_heads": (
+        "mha-split-by-view",
+        """
+def split_heads(x, n_heads):
+    return x.view(x.shape[0], n_heads, x.shape[1], -1)
+""",
+    ),
+    "multihead.merge_heads": (
+        "mha-merge-transpose-last-two",
+        """
+def merge_heads(x):
+    batch, n_heads, length, head_dim = x.shape
+    return x.transpose(-1, -2).contiguous().view(batch, length, n_heads * head_dim)
+""",
+    ),
+    "multihead.parameter_count": (
+        "heads-are-more-weights",
+        """
+def parameter_count(d_model, n_heads):
+    return n_heads * 4 * (d_model * d_model + d_model)
+""",
+    ),
+    "multihead.MultiHeadAttention": (
+        "mha-shared-small-projection",
+        """
+class MultiHeadAttention(nn.Module):
+    def __init__(self, d_model, n_heads):
+        super().__init__()
+        self.n_heads, d = n_heads, d_model // n_heads
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(d, d), nn.Linear(d, d), nn.Linear(d, d)
+        self.o_proj = nn.Linear(d_model, d_model)
+
+    def cut(self, x):
+        return x.reshape(x.shape[0], x.shape[1], self.n_heads, -1).transpose(1, 2)
+
+    def forward(self, query, key, value, mask=None):
+        q, k, v = self.q_proj(self.cut(query)), self.k_proj(self.cut(key)), self.v_proj(self.cut(value))
+        scores = q @ k.mT / q.shape[-1] ** 0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -1e9)
+        weights = scores.softmax(dim=-1)
+        return self.o_proj((weights @ v).transpose(1, 2).flatten(2)), weights
+""",
+    ),
+    "multihead.head_contributions": (
+        "mha-output-block-rows",
+        """
+def head_contributions(heads, o_weight):
+    blocks = o_weight.split(heads.shape[3], dim=0)
+    return torch.stack([heads[:, h] @ block for h, block in enumerate(blocks)], dim=1)
+""",
+    ),
+    "multihead.head_distances": (
+        "distance-of-mean-maps",
+        """
+def head_distances(weights):
+    maps = weights.mean(dim=0)
+    return (maps[:, None] - maps[None]).abs().sum(dim=-1).mean(dim=-1) / 2
+""",
+    ),
+    "multihead.grade_this": (
+        "mha-no-oracle",
+        """
+def examine(multi_head_attention):
+    x, w = torch.rand(2, 4, 6), torch.rand(6, 6)
+    return multi_head_attention(x, w, w, w, w, 3).shape == x.shape
+""",
+    ),
+    "multihead.read_claims": (
+        "mha-full-width-heads",
+        """
+answers = {"weights of the class": 3072, "weights of the paper": 3 * 8 * 256 * 256, "heads that change": 1}
+answers |= {"heads that should change": 8, "too flat": 8**0.5, "mean of a sharp head": 1 / 8, "full width": 8}
+""",
+    ),
 }
 
 # Right for two classes that both occur, and for any number of them: the corner cases are missing.

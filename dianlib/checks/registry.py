@@ -8,7 +8,7 @@ from types import MappingProxyType
 from dianlib.checks.task import Task
 
 # The chapters that have an assignment. A new chapter adds its slug here.
-CHAPTERS = ("metrics", "mlp", "search", "rnn", "lstm", "seq2seq", "attention")
+CHAPTERS = ("metrics", "mlp", "search", "rnn", "lstm", "seq2seq", "attention", "multihead")
 
 # The modules that hold the answers of a chapter. Students may import them in the chapters after it.
 REFERENCES = {
@@ -19,6 +19,7 @@ REFERENCES = {
     "lstm": ("dianlib.lstm",),
     "seq2seq": ("dianlib.seq2seq",),
     "attention": ("dianlib.attention",),
+    "multihead": ("dianlib.multihead",),
 }
 TOOLS = ("dianlib.data", "dianlib.plotting")
 

@@ -160,7 +160,7 @@ class Probe:
 
     ``args`` are passed by position, in order. With ``build`` the candidate is a class: it is built
     with these arguments, its parameters get the values of ``state`` by shape, and the module is
-    called with ``args``. ``gradients`` names the arguments whose gradients are taken ("parameters"
+    called with ``args``. Where ``names`` are given, values and parameters meet by name instead. ``gradients`` names the arguments whose gradients are taken ("parameters"
     for all parameters of a module). ``calls`` repeats the call on the same objects. ``verdict``
     marks a candidate that judges: it rejects by returning False or by raising. A failed ``core``
     probe leaves no points for the others; ``weight`` is the probe's share of the points.
@@ -170,6 +170,7 @@ class Probe:
     args: dict[str, Any]
     build: tuple[Any, ...] | None = None
     state: tuple[Tensor, ...] = ()
+    names: tuple[str, ...] = ()
     gradients: tuple[str, ...] = ()
     calls: int = 1
     verdict: bool = False
@@ -431,6 +432,34 @@ def _load_by_shape(module: nn.Module, state: tuple[Tensor, ...]) -> None:
                 break
 
 
+def _load_by_name(module: nn.Module, values: dict[str, Tensor]) -> None:
+    """Give the module's parameters the wanted values by their names.
+
+    A parameter with another name takes the next value that is left, or several of them one below the other, as a
+    fused layer has them. One of another size takes what fits, repeated where it is larger: a
+    mistake in a size then computes definite numbers.
+    """
+    own = dict(module.named_parameters())
+    left = [value for name, value in values.items() if name not in own]
+    for name, parameter in own.items():
+        value = values.get(name)
+        if value is None:
+            parts: list[Tensor] = []
+            for candidate in left:
+                if candidate.dim() == parameter.dim() and sum(map(len, parts)) < len(parameter):
+                    parts.append(candidate)
+            if not parts:
+                continue
+            left = [other for other in left if all(other is not part for part in parts)]
+            value = torch.cat(parts)
+        if value.dim() == parameter.dim():
+            for axis, size in enumerate(parameter.shape):
+                if size != value.shape[axis]:
+                    value = value.index_select(axis, torch.arange(size) % value.shape[axis])
+            with torch.no_grad():
+                parameter.copy_(value)
+
+
 def _cotangent(like: Tensor) -> Tensor:
     """Fixed unequal weights for a weighted sum, so that no part of a gradient cancels."""
     return torch.linspace(0.5, 1.5, like.numel(), dtype=like.dtype).reshape(like.shape)
@@ -669,7 +698,10 @@ def _call(
             if not isinstance(call, nn.Module):
                 raise TypeError(f"this must be an nn.Module, but building it gave a {type(call).__name__}")
             outcome.values["number of parameters"] = sum(p.numel() for p in call.parameters())
-            _load_by_shape(call, probe.state)
+            if probe.names:
+                _load_by_name(call, dict(zip(probe.names, probe.state, strict=True)))
+            else:
+                _load_by_shape(call, probe.state)
         tensors = _tensors(made)
         for name in probe.gradients:
             if name != "parameters":
