@@ -75,8 +75,8 @@ def to_neighbours(weight: Tensor, n_heads: int) -> Tensor:
     """Reorder the rows of a projection, half-split pairs -> neighbours: (D, ...) -> (D, ...).
 
     A model trained with the pairs (i, i + d/2) gives the same scores with the pairs (2i, 2i + 1) when
-    this is done to the weights (out, in), and biases, of the projections of queries and keys. Raises ValueError when the rows
-    cannot be cut in ``n_heads`` heads of an even width.
+    this is done to the weights (out, in), and biases, of the projections of queries and keys. Raises
+    ValueError when the rows cannot be cut in ``n_heads`` heads of an even width.
     """
     n_rows = len(weight)
     if n_rows % (2 * n_heads):

@@ -1,7 +1,7 @@
-"""The encodings against matrices, complex numbers and loops, values and gradients, and by their properties."""
+"""The encodings against matrices, complex numbers and loops: values, gradients and properties."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -109,7 +109,9 @@ def by_complex_numbers(x: Tensor, places: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("oracle", [by_matrices, by_complex_numbers])
 @pytest.mark.parametrize("shape", [(L, d), (B, L, d), (B, H, L, d)])
-def test_apply_rope_equals_matrices_and_complex_numbers(oracle: type, shape: tuple[int, ...]) -> None:
+def test_apply_rope_equals_matrices_and_complex_numbers(
+    oracle: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...]
+) -> None:
     places = torch.tensor([3, 0, 11, 4, 1, 90, 2])
     x = randn(1, *shape)
     assert_same_gradients(pos.apply_rope(x, places), oracle(x, places), [x])
@@ -143,7 +145,7 @@ def test_reordered_projections_carry_one_convention_over_to_the_other() -> None:
     x, places = randn(1, B, L, D).detach(), torch.arange(L)
     w_q, w_k = randn(2, D, D), randn(3, D, D)  # (out, in), as in nn.Linear
 
-    def scores(rotate: type, w_q: Tensor, w_k: Tensor) -> Tensor:
+    def scores(rotate: Callable[[Tensor, Tensor], Tensor], w_q: Tensor, w_k: Tensor) -> Tensor:
         q, k = (rotate(split_heads(x @ weight.T, H), places) for weight in (w_q, w_k))
         return q @ k.transpose(-2, -1)
 
