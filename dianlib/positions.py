@@ -122,7 +122,7 @@ def alibi_bias(n_heads: int, n_queries: int, n_keys: int) -> Tensor:
 
     Head h loses its slope for every place between query and key, on both sides.
     """
-    return -alibi_slopes(n_heads)[:, None, None] * distances(n_queries, n_keys).abs()
+    return alibi_slopes(n_heads)[:, None, None] * -distances(n_queries, n_keys).abs()
 
 
 def relative_scores(query: Tensor, key: Tensor, table: Tensor) -> Tensor:

@@ -242,9 +242,10 @@ def test_two_symbols_of_the_order_task_are_marked_and_differ() -> None:
         places = sequence[:, 8].nonzero().flatten()
         assert sequence[places, :8].argmax(-1).tolist() == symbols.tolist()
     assert (marked[:, 0] != marked[:, 1]).all()
-    assert (inputs[..., 8].sum(0) > 20).all()  # every place is marked now and then
-    with pytest.raises(ValueError, match="at least 2"):
-        order_task(3, 1)
+    assert (inputs[:, :-1, 8].sum(0) > 20).all()  # every place but the last is marked now and then
+    assert (inputs[:, -1, 8] == 0).all()
+    with pytest.raises(ValueError, match="length must be at least 3"):
+        order_task(3, 2)
 
 
 # ----- what cannot be done ---------------------------------------------------------------------------------
