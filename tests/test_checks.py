@@ -16,7 +16,7 @@ from sklearn.metrics import f1_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dianlib import lstm, metrics, mlp, rnn, search, training
+from dianlib import lstm, metrics, mlp, positions, rnn, search, training
 from dianlib.checks import check, grade, hint, tasks
 from dianlib.checks.judging import Bench, anchor, judge
 from dianlib.checks.running import Probe, run_all
@@ -226,6 +226,14 @@ SHORTCUTS: list[tuple[str, Any]] = [
     ("lstm.gates", lstm.gates),
     ("lstm.to_torch_order", lstm.to_torch_order),
     ("lstm.hidden_size_at_budget", lstm.hidden_size_at_budget),
+    ("positions.sinusoidal", positions.sinusoidal),
+    ("positions.rope_frequencies", positions.rope_frequencies),
+    ("positions.apply_rope", positions.apply_rope),
+    ("positions.apply_rope", lambda x, p, base=10000.0: positions.apply_rope(x, p, base)),
+    ("positions.rotary_attention", positions.rotary_attention),
+    ("positions.to_neighbours", positions.to_neighbours),
+    ("positions.alibi_bias", positions.alibi_bias),
+    ("positions.relative_scores", positions.relative_scores),
 ]
 
 
