@@ -100,15 +100,15 @@ def _sinusoidal_twin(
     }[places]()
     frequencies = _frequencies(d_model, 10000.0, exponent)
     for_sin, for_cos = {
-        "by the pair": lambda: (frequencies, frequencies),
-        "each column its own": lambda: (frequencies, frequencies * 10000 ** (-1 / d_model)),
+        "by the pair": (frequencies, frequencies),
+        "each column its own": (frequencies, frequencies * 10000 ** (-1 / d_model)),
         # The loop index is even already, and is doubled once more.
-        "doubled": lambda: (
+        "doubled": (
             10000.0 ** (-2.0 * torch.arange(0, d_model, 2) / d_model),
             10000.0 ** (-2.0 * torch.arange(1, d_model + 1, 2) / d_model),
         ),
-        "cosine one pair on": lambda: (frequencies, frequencies * 10000 ** (-2 / d_model)),
-    }[shared]()
+        "cosine one pair on": (frequencies, frequencies * 10000 ** (-2 / d_model)),
+    }[shared]
     sines, cosines = torch.outer(place, for_sin).sin(), torch.outer(place, for_cos).cos()
     parts = [sines, cosines] if first == "sin" else [cosines, sines]
     table = torch.cat(parts, dim=1) if layout == "halves" else torch.stack(parts, dim=-1).flatten(1)
@@ -1248,17 +1248,17 @@ def _relative_twin(
     root = query.shape[-1] ** 0.5
     content = query @ key.transpose(-2, -1)
     content, by_distance = {
-        "both": lambda: (content, by_distance),
-        "content": lambda: (content, 0 * by_distance),
-        "distance": lambda: (0 * content, by_distance),
-        "product": lambda: (content * by_distance, 0 * content),
-    }[parts]()
-    result = {
-        "all": lambda: (content + by_distance) / root,
-        "content": lambda: content / root + by_distance,
-        "none": lambda: content + by_distance,
-        "d": lambda: (content + by_distance) / root**2,
-    }[scale]()
+        "both": (content, by_distance),
+        "content": (content, 0 * by_distance),
+        "distance": (0 * content, by_distance),
+        "product": (content * by_distance, 0 * content),
+    }[parts]
+    result: Tensor = {
+        "all": (content + by_distance) / root,
+        "content": content / root + by_distance,
+        "none": content + by_distance,
+        "d": (content + by_distance) / root**2,
+    }[scale]
     return result.detach() if cut else result
 
 
@@ -1504,7 +1504,7 @@ def _keeps_lengths(apply_rope: Any) -> bool:
 def _is_relative(apply_rope: Any) -> bool:
     q, k = randn(torch.Generator().manual_seed(3), 2, 1, 8)
 
-    def score(m: int, n: int) -> Tensor:
+    def score(m: int, n: int) -> Any:
         turned_q, turned_k = apply_rope(q, torch.tensor([m])), apply_rope(k, torch.tensor([n]))
         return (turned_q * turned_k).sum()
 
