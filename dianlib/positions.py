@@ -50,16 +50,20 @@ def rope_frequencies(head_dim: int, base: float = 10000.0) -> Tensor:
     return base ** -(torch.arange(0, head_dim, 2) / head_dim)
 
 
-def rope_table(positions: Tensor, head_dim: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
-    """Return the cosines and sines of all angles: positions (L,) -> two of (L, d/2), once for all layers."""
+def rope_table(positions: Tensor, head_dim: int, base: float = 10000.0) -> Tensor:
+    """Return all rotations as complex numbers e^(i angle): positions (L,) -> (L, d/2), for all layers."""
     angles = positions.unsqueeze(-1) * rope_frequencies(head_dim, base).to(positions.device)
-    return angles.cos(), angles.sin()
+    return torch.polar(torch.ones_like(angles), angles)
 
 
-def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of neighbours (2i, 2i + 1) by its angle: (..., L, d), two of (L, d/2) -> (..., L, d)."""
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+def rotate_pairs(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn each pair of neighbours (2i, 2i + 1) by its angle: (..., L, d), complex (L, d/2) -> (..., L, d).
+
+    A pair (u, v) is the complex number u + iv, and a product turns it: on a processor faster than columns.
+    """
+    # Complex numbers need at least 32 bits for each part, and a pair side by side in memory.
+    wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2)).contiguous()
+    return torch.view_as_real(torch.view_as_complex(wide) * turns).flatten(-2).to(x.dtype)
 
 
 def apply_rope(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
@@ -68,7 +72,7 @@ def apply_rope(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
     The pairs are neighbours, as in the paper (Su et al. 2024, section 3.2.2). Values are not rotated.
     Raises ValueError for an odd width.
     """
-    return rotate_pairs(x, *rope_table(positions, x.shape[-1], base))
+    return rotate_pairs(x, rope_table(positions, x.shape[-1], base))
 
 
 def to_neighbours(weight: Tensor, n_heads: int) -> Tensor:
