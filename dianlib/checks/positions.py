@@ -606,7 +606,7 @@ APPLY_ROPE = Task(
             "The pairs turn at other speeds than base^(-2i/d).",
             "Compare your angles for d = 8: at place 1 they are 1, 0.1, 0.01 and 0.001.",
             FREQUENCIES,
-            settings=[{"exponent": e} for e in ("i/d", "2i//d", "2(i+1)/d", "i/(d/2-1)", "k/(base d)")],
+            settings=[{"exponent": e} for e in ("i/d", "2i//d", "k/(base d)")],
         ),
         Fault(
             "rope-positions-ignored",
@@ -674,7 +674,6 @@ def _attention_twin(
     pairing: str = "neighbours",
     axis: str = "length",
     scale: str = "sqrt d",
-    softmax: int = -1,
     split: str = "transpose",
     merge: str = "transpose",
     cut: bool = False,
@@ -716,15 +715,13 @@ def _attention_twin(
         k = rotate(k, backwards)
     if values == "rotated":
         v = rotate(v)
-    factor = {"sqrt d": q.shape[-1] ** -0.5, "sqrt D": width**-0.5, "none": 1.0, "d": 1 / q.shape[-1]}[scale]
-    weights = (q @ k.transpose(-2, -1) * factor).softmax(dim=softmax)
+    factor = {"sqrt d": q.shape[-1] ** -0.5, "sqrt D": width**-0.5, "none": 1.0}[scale]
+    weights = (q @ k.transpose(-2, -1) * factor).softmax(dim=-1)
     output = weights @ v
     if merge == "transpose":
         output = merge_heads(output)
-    elif merge == "last two":
-        output = output.transpose(-2, -1).reshape(n, length, width)
     else:
-        output = output.reshape(n, length, width)
+        output = output.transpose(-2, -1).reshape(n, length, width)
     return (output.detach(), weights.detach()) if cut else (output, weights)
 
 
@@ -899,20 +896,6 @@ ROTARY_ATTENTION = Task(
             settings=[{"scale": "none"}],
         ),
         Fault(
-            "sdpa-scale-by-d",
-            "The scores are divided by d, not by its root.",
-            "Divide by sqrt(d).",
-            WHERE,
-            settings=[{"scale": "d"}],
-        ),
-        Fault(
-            "sdpa-softmax-wrong-axis",
-            "The softmax runs over the queries, so the columns of the weights sum to 1.",
-            "Take the softmax over the keys, the last axis.",
-            WHERE,
-            settings=[{"softmax": -2}],
-        ),
-        Fault(
             "mha-split-by-view",
             "The heads are cut from the length: a reshape to (B, H, L, d) mixes tokens.",
             "Reshape to (B, L, H, d) first, then exchange the axes of length and heads.",
@@ -921,10 +904,10 @@ ROTARY_ATTENTION = Task(
         ),
         Fault(
             "mha-merge-transpose-last-two",
-            "The heads are not laid side by side: the axes are exchanged wrongly, or not at all, before the reshape.",
+            "The heads are not laid side by side: the last two axes are exchanged, and the reshape mixes tokens.",
             "Bring (B, H, L, d) to (B, L, H, d), then join the last two axes.",
             WHERE,
-            settings=[{"merge": "last two"}, {"merge": "none"}],
+            settings=[{"merge": "last two"}],
         ),
         Fault("backward-detached", *DETACHED, WHERE, settings=[{"cut": True}], sign=without_gradient),
     ],
