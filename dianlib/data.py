@@ -326,6 +326,28 @@ def lookup_task(
     return names[asked].flatten(2), items, values.gather(1, asked)
 
 
+def order_task(
+    n_samples: int, length: int, n_symbols: int = 8, *, generator: Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Make sequences of random symbols, two of which carry a mark: which one came first, which later?
+
+    Returns inputs (N, length, n_symbols + 1) float32, one-hot symbols and the mark in the last column, and
+    the two marked symbols (N, 2) int64 in the order of their places. The two differ, and stand anywhere
+    but at the last place, so that it can ask. Raises ValueError for fewer than 3 steps or 2 symbols.
+    """
+    if length < 3 or n_symbols < 2:
+        raise ValueError("length must be at least 3, and n_symbols at least 2.")
+    symbols = torch.randint(n_symbols, (n_samples, length), generator=generator)
+    places = torch.rand(n_samples, length - 1, generator=generator).argsort(dim=1)[:, :2].sort(dim=1).values
+    first = symbols.gather(1, places[:, :1])
+    later = (first + torch.randint(1, n_symbols, (n_samples, 1), generator=generator)) % n_symbols
+    symbols.scatter_(1, places[:, 1:], later)
+    inputs = torch.zeros(n_samples, length, n_symbols + 1, dtype=torch.float32)
+    inputs.scatter_(2, symbols.unsqueeze(2), 1.0)
+    inputs[..., n_symbols].scatter_(1, places, 1.0)
+    return inputs, torch.cat([first, later], dim=1)
+
+
 # ----- sentences ---------------------------------------------------------------------------------------
 
 # The first four numbers of every vocabulary: padding, begin, end, and any token that is not listed.

@@ -13,7 +13,7 @@ import torch
 import yaml
 from assignment import BEGIN, END, ROOT, answer_cells, define, items, mark, read, visible_and_hidden
 
-from dianlib import attention, lstm, metrics, mlp, multihead, rnn, search, seq2seq
+from dianlib import attention, lstm, metrics, mlp, multihead, positions, rnn, search, seq2seq
 from dianlib.checks import grade, tasks
 from dianlib.checks.registry import CHAPTERS
 from dianlib.checks.running import make
@@ -421,6 +421,44 @@ def test_the_examples_of_the_multihead_statements_are_right() -> None:
     assert said("read_claims", f"would be {3 * 4 * 4} and {3 * 12 * 12}")
 
 
+def test_the_examples_of_the_positions_statements_are_right() -> None:
+    def said(task: str, *numbers: str) -> bool:
+        statement = item_of("exercises", "positions", f"positions.{task}").statement
+        return all(number in statement for number in numbers)
+
+    def row(values: torch.Tensor) -> str:
+        return ", ".join(f"{value:.4f}" for value in values.tolist())
+
+    assert said("sinusoidal", f"`[{row(positions.sinusoidal(3, 4)[2])}]`")
+    shown = [f"{value:g}" for value in positions.rope_frequencies(8).tolist()]
+    assert said("rope_frequencies", f"`[{', '.join(shown)}]`", "`[1, 0.1]`")
+    torch.testing.assert_close(positions.rope_frequencies(4, base=100.0), torch.tensor([1, 0.1]))
+    turned = positions.apply_rope(torch.tensor([[1.0, 0, 0, 2]]), torch.tensor([3]))[0]
+    assert said("apply_rope", f"`[[{row(turned)}]]`")
+    assert said("grade_this", f"`[{row(turned)}]`")
+
+    x, unit = torch.tensor([[[1.0, 0], [1, 0]]]), torch.eye(2)
+    output, weights = positions.rotary_attention(x, unit, unit, unit, 1)
+    torch.testing.assert_close(output, x)
+    assert said("rotary_attention", f"{weights[0, 0, 0, 0]:.4f} and {weights[0, 0, 0, 1]:.4f}")
+    assert said("to_neighbours", f"`{positions.to_neighbours(torch.arange(6), 1).tolist()}`")
+    assert said("to_neighbours", f"`{positions.to_neighbours(torch.arange(12), 2).tolist()}`")
+    assert positions.alibi_slopes(2).tolist() == [1 / 16, 1 / 256]
+    assert said("alibi_bias", "1/16 and 1/256", "`[[-0.0625, 0, -0.0625], [-0.125, -0.0625, 0]]`")
+    assert positions.alibi_bias(2, 2, 3)[0].tolist() == [[-0.0625, 0, -0.0625], [-0.125, -0.0625, 0]]
+    query, key, table = (
+        torch.tensor([[1.0], [2]]),
+        torch.tensor([[3.0], [5]]),
+        torch.tensor([[10.0], [20], [30]]),
+    )
+    scores = [[int(score) for score in line] for line in positions.relative_scores(query, key, table)]
+    assert said("relative_scores", f"`{scores}`")
+    slowest = positions.rope_frequencies(8)[-1].item()
+    assert said(
+        "read_claims", f"= {slowest:g} and", f"= {2 * math.pi / slowest:,.0f} places", "hold 400 angles"
+    )
+
+
 # ----- the solutions -------------------------------------------------------------------------------------
 
 
@@ -540,6 +578,7 @@ def test_the_trial_on_real_digits_works_and_waits_politely(slug: str) -> None:
         "seq2seq": r"(1[6-9]\d|200) of 200 new dates right",
         "attention": r"(19\d|200) of 200 new sequences right, weight on padding 0\.000",
         "multihead": r"1 heads: [45]\d%.*\n2 heads: [67]\d%.*\n4 heads: (9[5-9]|100)%",
+        "positions": r"(1[4-9]\d|200) of 200 new sequences right",
     }[slug]
     assert re.search(wanted, printed["solutions"]), printed["solutions"]
     # A half-finished function gets a sentence, too.
@@ -552,6 +591,7 @@ def test_the_trial_on_real_digits_works_and_waits_politely(slug: str) -> None:
         "seq2seq": {"shift_right": lambda _target, _bos: None},
         "attention": {"padding_mask": lambda _lengths, _max_length: None},
         "multihead": {"MultiHeadAttention": lambda *_sizes: None},
+        "positions": {"rotary_attention": lambda *_: (None, None)},
     }
     out = io.StringIO()
     with contextlib.redirect_stdout(out):

@@ -16,7 +16,7 @@ from sklearn.metrics import f1_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dianlib import attention, lstm, metrics, mlp, multihead, rnn, search, training
+from dianlib import attention, lstm, metrics, mlp, multihead, positions, rnn, search, training
 from dianlib.checks import check, grade, hint, tasks
 from dianlib.checks.judging import Bench, anchor, judge
 from dianlib.checks.running import Probe, run, run_all
@@ -273,6 +273,14 @@ SHORTCUTS: list[tuple[str, Any]] = [
     ("multihead.MultiHeadAttention", MultiHeadByTorch),
     ("multihead.head_contributions", multihead.head_contributions),
     ("multihead.head_distances", multihead.head_distances),
+    ("positions.sinusoidal", positions.sinusoidal),
+    ("positions.rope_frequencies", positions.rope_frequencies),
+    ("positions.apply_rope", positions.apply_rope),
+    ("positions.apply_rope", lambda x, p, base=10000.0: positions.apply_rope(x, p, base)),
+    ("positions.rotary_attention", positions.rotary_attention),
+    ("positions.to_neighbours", positions.to_neighbours),
+    ("positions.alibi_bias", positions.alibi_bias),
+    ("positions.relative_scores", positions.relative_scores),
 ]
 
 

@@ -192,6 +192,27 @@ EQUIVALENT = {
         "if True:": "without no_grad the numbers are the same; only memory is lost",
         "oracle = nn.MultiheadAttention(12, 4, bias=True, batch_first=True)": "torch's biases start at zero",
     },
+    "positions.rope_frequencies": {
+        "def rope_frequencies(head_dim, base=10001.0):": "off by less than one part in ten thousand",
+        "def rope_frequencies(head_dim, base=9999.0):": "off by less than one part in ten thousand",
+    },
+    "positions.grade_this": {
+        "x = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))": "any numbers serve",
+        "x = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(2))": "any numbers serve",
+        "places = torch.tensor([6, 0, 40, 2])": "other places serve as well",
+        "places = torch.tensor([4, 0, 40, 2])": "other places serve as well",
+        "places = torch.tensor([5, 1, 40, 2])": "other places serve as well",
+        "places = torch.tensor([5, -1, 40, 2])": "other places serve as well",
+        "places = torch.tensor([5, 0, 41, 2])": "other places serve as well",
+        "places = torch.tensor([5, 0, 39, 2])": "other places serve as well",
+        "places = torch.tensor([5, 0, 40, 3])": "other places serve as well",
+        "places = torch.tensor([5, 0, 40, 1])": "other places serve as well",
+        "return torch.allclose(apply_rope(x, places), wanted, atol=1.001)": "each wrong one is off by more",
+    },
+    "positions.read_claims": {
+        'answers["slowest wavelength"] = 2 * math.pi * 10001.0 ** (62 / head_dim)': "the fifth digit",
+        'answers["slowest wavelength"] = 2 * math.pi * 9999.0 ** (62 / head_dim)': "the fifth digit",
+    },
 }
 
 

@@ -740,6 +740,96 @@ answers = {"weights of the class": 3072, "weights of the paper": 3 * 8 * 256 * 2
 answers |= {"heads that should change": 8, "too flat": 8**0.5, "mean of a sharp head": 1 / 8, "full width": 8}
 """,
     ),
+    "positions.sinusoidal": (
+        "pe-halves",
+        """
+def sinusoidal(length, d_model):
+    angles = torch.arange(length).unsqueeze(1) / 10000 ** (torch.arange(0, d_model, 2) / d_model)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+""",
+    ),
+    "positions.rope_frequencies": (
+        "rope-frequency-wrong",
+        """
+def rope_frequencies(head_dim, base=10000.0):
+    return base ** -(torch.arange(head_dim // 2) / head_dim)
+""",
+    ),
+    "positions.apply_rope": (
+        "rope-half-split",
+        """
+def apply_rope(x, positions, base=10000.0):
+    d = x.shape[-1]
+    angles = positions.unsqueeze(1) / base ** (torch.arange(0, d, 2) / d)
+    cos, sin = torch.cat([angles.cos()] * 2, dim=-1), torch.cat([angles.sin()] * 2, dim=-1)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+""",
+    ),
+    "positions.rotary_attention": (
+        "rope-applied-to-embeddings",
+        """
+def rotary_attention(x, w_q, w_k, w_v, n_heads):
+    d = x.shape[-1]
+    angles = torch.arange(x.shape[1]).unsqueeze(1) / 10000 ** (torch.arange(0, d, 2) / d)
+    u, v = x[..., 0::2], x[..., 1::2]
+    u, v = u * angles.cos() - v * angles.sin(), u * angles.sin() + v * angles.cos()
+    x = torch.stack([u, v], dim=-1).flatten(-2)
+    q, k, v = ((x @ w).unflatten(-1, (n_heads, -1)).transpose(1, 2) for w in (w_q, w_k, w_v))
+    weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)
+    return (weights @ v).transpose(1, 2).flatten(2), weights
+""",
+    ),
+    "positions.to_neighbours": (
+        "rope-reorder-across-heads",
+        """
+def to_neighbours(weight, n_heads):
+    first, second = weight.chunk(2)
+    return torch.stack([first, second], dim=1).flatten(0, 1)
+""",
+    ),
+    "positions.alibi_bias": (
+        "alibi-aligned-to-the-start",
+        """
+def alibi_bias(n_heads, n_queries, n_keys):
+    slopes = 2.0 ** (-8 * torch.arange(1, n_heads + 1) / n_heads)
+    distance = (torch.arange(n_queries).unsqueeze(1) - torch.arange(n_keys)).abs()
+    return -slopes[:, None, None] * distance
+""",
+    ),
+    "positions.relative_scores": (
+        "relative-direction",
+        """
+def relative_scores(query, key, table):
+    n_queries, n_keys, reach = query.shape[-2], key.shape[-2], len(table) // 2
+    places = torch.arange(n_keys)
+    distance = places[n_keys - n_queries :].unsqueeze(1) - places
+    rows = table[distance.clamp(-reach, reach) + reach]
+    by_distance = (query.unsqueeze(-2) * rows).sum(dim=-1)
+    return (query @ key.transpose(-2, -1) + by_distance) / math.sqrt(query.shape[-1])
+""",
+    ),
+    "positions.grade_this": (
+        "test-of-lengths-only",
+        """
+def examine(apply_rope):
+    x = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1))
+    return torch.allclose(apply_rope(x, torch.tensor([5, 0, 9, 2])).norm(dim=-1), x.norm(dim=-1), atol=1e-3)
+""",
+    ),
+    "positions.read_claims": (
+        "claims-last-pair",
+        """
+answers = {
+    "slowest wavelength": 2 * math.pi * 10000,
+    "score of (5, 2)": math.cos(3),
+    "score of (105, 102)": 1.7,
+    "table": 4096 * 32,
+    "extra work": 1 / 512,
+    "weight ratio": None,
+}
+""",
+    ),
 }
 
 # Right for two classes that both occur, and for any number of them: the corner cases are missing.

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from dianlib.checks.task import Task
 
 # The chapters that have an assignment. A new chapter adds its slug here.
-CHAPTERS = ("metrics", "mlp", "search", "rnn", "lstm", "seq2seq", "attention", "multihead")
+CHAPTERS = ("metrics", "mlp", "search", "rnn", "lstm", "seq2seq", "attention", "multihead", "positions")
 
 # The modules that hold the answers of a chapter. Students may import them in the chapters after it.
 REFERENCES = {
@@ -20,6 +20,7 @@ REFERENCES = {
     "seq2seq": ("dianlib.seq2seq",),
     "attention": ("dianlib.attention",),
     "multihead": ("dianlib.multihead",),
+    "positions": ("dianlib.positions",),
 }
 TOOLS = ("dianlib.data", "dianlib.plotting")
 
