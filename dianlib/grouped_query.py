@@ -56,7 +56,7 @@ class KVCache:
         return self.length
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add L tokens, (B, G, L, d) each, and return the keys and values of all so far: (B, G, S, d) each."""
+        """Add L tokens, (B, G, L, d) each, and return the keys and values of all: (B, G, S, d) each."""
         start, end = self.length, self.length + key.shape[2]
         if not self._room:
             self._room = [key[:, :, :0], value[:, :, :0]]
@@ -92,7 +92,7 @@ class GroupedQueryAttention(nn.Module):
         super().__init__()
         if d_model % n_heads or n_heads % n_kv_heads:
             raise ValueError(
-                f"{n_heads} heads must divide the width {d_model}, and {n_kv_heads} key-value heads the heads."
+                f"{n_heads} heads must divide the width {d_model}, and {n_kv_heads} key-value heads those."
             )
         self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
         head_dim = d_model // n_heads

@@ -35,7 +35,7 @@ def assert_same_gradients(ours: Tensor, theirs: Tensor, wanted: list[Tensor]) ->
         torch.testing.assert_close(a, b)
 
 
-# ----- grouping ----------------------------------------------------------------------------------------------
+# ----- grouping -----------------------------------------------------------------------------------------
 
 
 def test_neighbours_share_a_key_value_head() -> None:
@@ -126,7 +126,7 @@ def test_sizes_that_cannot_be_cut_get_a_sentence(d_model: int, n_heads: int, n_k
         GroupedQueryAttention(d_model, n_heads, n_kv_heads)
 
 
-# ----- the cache ---------------------------------------------------------------------------------------------
+# ----- the cache ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunks", [[7], [1] * 7, [4, 1, 1, 1], [3, 2, 2], [1, 6]])
@@ -135,7 +135,10 @@ def test_sizes_that_cannot_be_cut_get_a_sentence(d_model: int, n_heads: int, n_k
 def test_a_cache_changes_no_number(n_kv_heads: int, chunks: list[int]) -> None:
     torch.manual_seed(0)
     layer, x, cache = GroupedQueryAttention(D, H, n_kv_heads).double(), randn(4, B, 7, D), KVCache()
-    outputs = [layer(part, causal_mask(part.shape[1], len(cache) + part.shape[1]), cache) for part in x.split(chunks, 1)]
+    outputs = [
+        layer(part, causal_mask(part.shape[1], len(cache) + part.shape[1]), cache)
+        for part in x.split(chunks, 1)
+    ]
     torch.testing.assert_close(torch.cat(outputs, dim=1), layer(x, causal_mask(7)))
     assert cache.length == 7
 
@@ -212,7 +215,7 @@ def test_decoding_reads_every_token_once() -> None:
     assert seen == [[0, 1, 2], [3], [4], [5]]
 
 
-# ----- the arithmetic ----------------------------------------------------------------------------------------
+# ----- the arithmetic -----------------------------------------------------------------------------------
 
 
 def test_merging_weights_takes_the_mean_of_each_group() -> None:
@@ -254,11 +257,13 @@ def test_bytes_of_a_token_in_known_models(sizes: tuple[int, int, int], expected:
     assert grouped_query.cache_bytes(*sizes, length=10, batch=3, bytes_per_value=1) == 15 * expected
 
 
-# ----- the task ----------------------------------------------------------------------------------------------
+# ----- the task -----------------------------------------------------------------------------------------
 
 
 def test_the_lookup_task_asks_for_attributes_of_four_items() -> None:
-    values, asked, targets = lookup_task(200, n_items=6, n_attributes=3, n_values=5, generator=torch.Generator())
+    values, asked, targets = lookup_task(
+        200, n_items=6, n_attributes=3, n_values=5, generator=torch.Generator()
+    )
     assert (values.shape, asked.shape, targets.shape) == ((200, 6, 3), (200, 3), (200, 3))
     assert values.unique().tolist() == list(range(5))
     for n in range(200):

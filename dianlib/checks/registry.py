@@ -8,7 +8,7 @@ from types import MappingProxyType
 from dianlib.checks.task import Task
 
 # The chapters that have an assignment. A new chapter adds its slug here.
-CHAPTERS = ("metrics", "mlp", "search", "rnn", "lstm", "seq2seq")
+CHAPTERS = ("metrics", "mlp", "search", "rnn", "lstm", "seq2seq", "grouped_query")
 
 # The modules that hold the answers of a chapter. Students may import them in the chapters after it.
 REFERENCES = {
@@ -18,6 +18,7 @@ REFERENCES = {
     "rnn": ("dianlib.rnn",),
     "lstm": ("dianlib.lstm",),
     "seq2seq": ("dianlib.seq2seq",),
+    "grouped_query": ("dianlib.grouped_query",),
 }
 TOOLS = ("dianlib.data", "dianlib.plotting")
 

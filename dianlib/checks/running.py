@@ -185,7 +185,7 @@ class Probe:
 
     ``args`` are passed by position, in order. With ``build`` the candidate is a class: it is built
     with these arguments, its parameters get the values of ``state`` by shape, and the module is
-    called with ``args``; where ``names`` gives the names of these parameters, they are looked for first.
+    called with ``args``. Where ``names`` are given, values and parameters meet by name instead.
     With ``steps`` the candidate is any class: each step is the name of a method or attribute, and the names
     of the arguments for it, and what it gives is a part of the result. ``gradients`` names the arguments whose gradients are taken ("parameters"
     for all parameters of a module). ``calls`` repeats the call on the same objects. ``verdict``
@@ -452,6 +452,8 @@ def _leaves(value: Any, name: str) -> dict[str, Any]:
     match value:
         case None:
             return {}
+        case Foreign():
+            return {name: value}
         case Tensor() if _is_plain(value):
             return {name: value.detach().as_subclass(Tensor).clone()}
         case Tensor():
@@ -506,19 +508,12 @@ def _after(name: str, made: Any, spec: Any) -> dict[str, Any]:
     return found
 
 
-def _load(module: nn.Module, state: tuple[Tensor, ...], names: tuple[str, ...]) -> None:
-    """Give the module's parameters the wanted values: to the one of the name, else to the next of the shape.
+def _load_by_shape(module: nn.Module, state: tuple[Tensor, ...]) -> None:
+    """Give the module's parameters the wanted values: each tensor goes to the next parameter of its shape.
 
     A matrix may also be stored transposed, for a layer that computes x @ W, and a vector as a row.
     """
     free = list(module.parameters())
-    named = dict(module.named_parameters())
-    if all(name in named and named[name].shape == value.shape for name, value in zip(names, state, strict=False)):
-        with torch.no_grad():
-            for name, value in zip(names, state, strict=False):
-                named[name].copy_(value)
-        state = state[len(names) :]
-        free = [parameter for parameter in free if all(parameter is not named[name] for name in names)]
     for wanted in state:
         for value in (wanted, wanted.T) if wanted.dim() == 2 else (wanted, wanted.reshape(1, -1)):
             target = next((parameter for parameter in free if parameter.shape == value.shape), None)
@@ -527,6 +522,33 @@ def _load(module: nn.Module, state: tuple[Tensor, ...], names: tuple[str, ...]) 
                     target.copy_(value)
                 free = [parameter for parameter in free if parameter is not target]
                 break
+
+
+def _load_by_name(module: nn.Module, values: dict[str, Tensor]) -> None:
+    """Give the module's parameters the wanted values by their names.
+
+    A parameter with another name takes the next value that is left, or several of them one below the other, as a
+    fused layer has them. One of another size takes what fits, repeated where it is larger: a
+    mistake in a size then computes definite numbers.
+    """
+    own = dict(module.named_parameters())
+    left = [value for name, value in values.items() if name not in own]
+    for name, parameter in own.items():
+        value = values.get(name)
+        if value is None:
+            parts: list[Tensor] = []
+            for candidate in left:
+                if candidate.dim() == parameter.dim() and sum(map(len, parts)) < len(parameter):
+                    parts.append(candidate)
+            if not parts:
+                continue
+            left = [other for other in left if all(other is not part for part in parts)]
+            value = torch.cat(parts)
+        if value.dim() == parameter.dim():
+            for axis, size in enumerate(parameter.shape):
+                value = value.index_select(axis, torch.arange(size) % value.shape[axis])
+            with torch.no_grad():
+                parameter.copy_(value)
 
 
 def _cotangent(like: Tensor) -> Tensor:
@@ -767,7 +789,10 @@ def _call(
             if not isinstance(call, nn.Module):
                 raise TypeError(f"this must be an nn.Module, but building it gave a {type(call).__name__}")
             outcome.values["number of parameters"] = sum(p.numel() for p in call.parameters())
-            _load(call, probe.state, probe.names)
+            if probe.names:
+                _load_by_name(call, dict(zip(probe.names, probe.state, strict=True)))
+            else:
+                _load_by_shape(call, probe.state)
         tensors = _tensors(made)
         for name in probe.gradients:
             if name != "parameters":
@@ -804,7 +829,7 @@ def _follow(candidate: Any, steps: tuple[tuple[str, ...], ...], made: dict[str, 
         part = getattr(candidate, name)
         value = part(*(made[argument] for argument in arguments)) if callable(part) else part
         # As it is now: what was returned may be a view of memory that later steps write to.
-        found[f"step {number}: {name}"] = _frozen(value)
+        found[f"step {number}: {name}"] = Foreign("nothing") if value is None else _frozen(value)
     return found
 
 
