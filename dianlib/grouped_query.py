@@ -140,10 +140,73 @@ def mha_to_gqa(k_weight: Tensor, n_heads: int, n_kv_heads: int) -> Tensor:
     """
     if len(k_weight) % n_heads or n_heads % n_kv_heads:
         raise ValueError(
-            f"{n_heads} heads must divide {len(k_weight)} rows, and {n_kv_heads} key-value heads the heads."
+            f"{n_heads} heads must divide {len(k_weight)} rows, and {n_kv_heads} key-value heads those."
         )
-    groups = k_weight.unflatten(0, (n_kv_heads, n_heads // n_kv_heads, -1))
+    groups: Tensor = k_weight.unflatten(0, (n_kv_heads, n_heads // n_kv_heads, -1))
     return groups.mean(dim=1).flatten(0, 1)
+
+
+class LatentAttention(nn.Module):
+    """Keep one short vector a token, from which keys and values of all heads are made: (B, L, D) -> (B, L, D).
+
+    The cache of a token is a latent vector of C numbers and one rotated key of R numbers that all heads
+    share. ``forward`` makes every key and value; ``absorbed`` gives the same and makes none of them: each
+    head turns its query into a question to the latent vectors. Source: DeepSeek-AI 2024 (DeepSeek-V2),
+    section 2.1, without its compression of the queries.
+    """
+
+    def __init__(self, d_model: int, n_heads: int, latent_dim: int, rotary_dim: int) -> None:
+        super().__init__()
+        self.n_heads, self.head_dim = n_heads, d_model // n_heads
+        self.scale = (self.head_dim + rotary_dim) ** -0.5
+        self.q_proj = nn.Linear(d_model, n_heads * self.head_dim, bias=False)
+        self.q_rotary = nn.Linear(d_model, n_heads * rotary_dim, bias=False)
+        self.down = nn.Linear(d_model, latent_dim, bias=False)
+        self.k_rotary = nn.Linear(d_model, rotary_dim, bias=False)
+        self.k_up = nn.Linear(latent_dim, n_heads * self.head_dim, bias=False)
+        self.v_up = nn.Linear(latent_dim, n_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(n_heads * self.head_dim, d_model)
+
+    def kept(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Make what a cache would hold: latent vectors (B, L, C) and rotated keys (B, L, R)."""
+        return self.down(x), _rotate(self.k_rotary(x), positions)
+
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
+        latent, rotary_key = self.kept(x, positions)
+        key, value = (split_heads(up(latent), self.n_heads) for up in (self.k_up, self.v_up))
+        scores = split_heads(self.q_proj(x), self.n_heads) @ key.mT
+        weights = self._weights(scores, x, positions, rotary_key, mask)
+        output: Tensor = self.o_proj(merge_heads(weights @ value))
+        return output
+
+    def absorbed(self, x: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
+        latent, rotary_key = self.kept(x, positions)
+        k_up, v_up = (
+            up.weight.unflatten(0, (self.n_heads, -1)) for up in (self.k_up, self.v_up)
+        )  # (H, d, C)
+        # q (W c) = (q W) c: the question goes to the latent vectors, and W is applied once, not once a token.
+        scores = split_heads(self.q_proj(x), self.n_heads) @ k_up @ latent.unsqueeze(1).mT
+        weights = self._weights(scores, x, positions, rotary_key, mask)
+        output: Tensor = self.o_proj(merge_heads(weights @ latent.unsqueeze(1) @ v_up.mT))
+        return output
+
+    def _weights(
+        self, scores: Tensor, x: Tensor, positions: Tensor, rotary_key: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Add the scores of the rotated parts, (B, H, L, R) with (B, 1, L, R), and normalise."""
+        rotary_query = _rotate(split_heads(self.q_rotary(x), self.n_heads), positions)
+        scores = (scores + rotary_query @ rotary_key.unsqueeze(1).mT) * self.scale
+        if mask is not None:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        return scores.softmax(dim=-1)
+
+
+def _rotate(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
+    """Turn neighbouring pairs of (..., L, R) by angles in proportion to the place (Su et al. 2021)."""
+    speeds = base ** -(torch.arange(0, x.shape[-1], 2, dtype=x.dtype) / x.shape[-1])
+    turns = torch.polar(torch.ones((), dtype=x.dtype), positions.unsqueeze(-1) * speeds)
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns).flatten(-2)
 
 
 class TokenModel(nn.Module):

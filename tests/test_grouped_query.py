@@ -215,6 +215,42 @@ def test_decoding_reads_every_token_once() -> None:
     assert seen == [[0, 1, 2], [3], [4], [5]]
 
 
+# ----- a latent cache ------------------------------------------------------------------------------------
+
+
+def latent_attention(latent_dim: int = 10) -> grouped_query.LatentAttention:
+    torch.manual_seed(0)
+    return grouped_query.LatentAttention(D, H, latent_dim, rotary_dim=4).double()
+
+
+@pytest.mark.parametrize("mask", [None, causal_mask(L)])
+def test_the_absorbed_projections_change_no_number(mask: Tensor | None) -> None:
+    layer, x, places = latent_attention(), randn(4, B, L, D), torch.arange(L)
+    assert_same_gradients(
+        layer.absorbed(x, places, mask), layer(x, places, mask), [x, *list(layer.parameters())]
+    )
+
+
+def test_latent_attention_is_multi_head_attention_with_keys_of_two_parts() -> None:
+    layer, x, places, mask = latent_attention(), randn(4, B, L, D), torch.arange(L), causal_mask(L)
+    latent, rotary_key = layer.kept(x, places)
+    assert (latent.shape, rotary_key.shape) == ((B, L, 10), (B, L, 4))
+    rotary_query = grouped_query._rotate(multihead.split_heads(layer.q_rotary(x), H), places)
+    query = torch.cat([multihead.split_heads(layer.q_proj(x), H), rotary_query], dim=-1)
+    shared = rotary_key.unsqueeze(1).expand(-1, H, -1, -1)
+    key = torch.cat([multihead.split_heads(layer.k_up(latent), H), shared], dim=-1)
+    value = multihead.split_heads(layer.v_up(latent), H)
+    theirs = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    torch.testing.assert_close(layer(x, places, mask), layer.o_proj(multihead.merge_heads(theirs)))
+
+
+def test_rotated_scores_depend_on_the_distance_only() -> None:
+    layer, x, mask = latent_attention(), randn(4, B, L, D), causal_mask(L)
+    near = layer(x, torch.arange(L), mask)
+    torch.testing.assert_close(layer(x, torch.arange(L) + 100, mask), near)
+    assert not torch.allclose(layer(x, 3 * torch.arange(L), mask), near)
+
+
 # ----- the arithmetic -----------------------------------------------------------------------------------
 
 

@@ -1,5 +1,7 @@
 """Tasks of the chapter "Grouped-query attention and its cache": right answers, and the wrong ones that are known."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from dianlib.checks.kinds import (
     wrong_answer,
 )
 from dianlib.checks.running import Cache, CachedModel, Outcome, Probe
-from dianlib.checks.task import Fault, Task
+from dianlib.checks.task import Candidate, Fault, Task
 
 PRICE = "grouped_query: What does a token leave behind?"
 SHARE = "grouped_query: Who shares with whom?"
@@ -82,7 +84,7 @@ def _bytes_of_tensors(
 
 def _bytes_by_token(
     n_layers: Any, n_kv_heads: Any, head_dim: Any, length: Any, batch: Any, bytes_per_value: Any
-) -> float:
+) -> Any:
     of_a_token = float(n_kv_heads * head_dim * bytes_per_value)
     return 2.0 * of_a_token * n_layers * length * batch
 
@@ -402,7 +404,8 @@ class _FaultyGroupedQuery(nn.Module):
     def _cut(self, x: Tensor, n_heads: int) -> Tensor:
         if self.split == "view":
             return x.reshape(len(x), n_heads, x.shape[1], -1)
-        return x.unflatten(-1, (n_heads, -1)).transpose(1, 2)
+        batch, length, width = x.shape
+        return x.reshape(batch, length, n_heads, width // n_heads).transpose(1, 2)
 
     def _shared(self, x: Tensor) -> Tensor:
         """Give each query head, or each group of added ones, its key-value head."""
@@ -559,6 +562,11 @@ def _parameters(probe: Probe, got: Outcome, wanted: Outcome) -> str:
     return ""
 
 
+def _alone(**setting: Any) -> Candidate:
+    """Make a form of a mistake that is looked for by itself, and not in pairs."""
+    return partial(_FaultyGroupedQuery, **setting)
+
+
 GROUPED = Task(
     id="grouped_query.GroupedQueryAttention",
     signature="GroupedQueryAttention(d_model, n_heads, n_kv_heads)",
@@ -597,40 +605,37 @@ GROUPED = Task(
             "All query heads read the same key-value head, the first or the mean of all.",
             "Keep all G key-value heads; each serves a group of its own.",
             SHARE,
-            settings=[{"grouping": "first"}, {"grouping": "mean"}],
+            settings=[{"grouping": "first"}],
+            implementations=[_alone(grouping="mean")],
         ),
         Fault(
             "gqa-sums-in-group",
             "The queries of a group are added (or averaged) before the attention, so a group has one pattern instead of H / G.",
             "Keep all H queries; only keys and values are shared.",
             CASE,
-            settings=[
-                {"combine": "sum, repeated"},
-                {"combine": "mean, repeated"},
-                {"combine": "sum, narrow"},
-                {"combine": "sum, added"},
-            ],
+            settings=[{"combine": "sum, repeated"}, {"combine": "sum, narrow"}],
+            implementations=[_alone(combine="mean, repeated"), _alone(combine="sum, added")],
         ),
         Fault(
             "mqa-small-shared-query",
             "One small matrix of d by d makes the queries of all heads from slices of the input.",
             "Queries need the full projection: q_proj maps D to D, and is cut into heads afterwards.",
             LAYER,
-            settings=[{"query": "d x d"}],
+            implementations=[_alone(query="d x d")],
         ),
         Fault(
             "gqa-kv-full-width",
             "k_proj and v_proj have as many heads as the queries: nothing is saved.",
             "They map D to G d, with d = D / H.",
             LAYER,
-            settings=[{"width": "D"}],
+            implementations=[_alone(width="D")],
         ),
         Fault(
             "gqa-always-one-head",
             "k_proj and v_proj have one head, whatever n_kv_heads says: that is multi-query attention.",
             "They map D to G d.",
             LAYER,
-            settings=[{"width": "d"}],
+            implementations=[_alone(width="d")],
         ),
         Fault(
             "gqa-value-length-for-query",
@@ -644,7 +649,7 @@ GROUPED = Task(
             "You demand that G divides the width of a head, and so refuse sizes that are fine.",
             "G must divide the number of heads, not the head's width.",
             SHARE,
-            settings=[{"allowed": "d by G"}],
+            implementations=[_alone(allowed="d by G")],
         ),
         Fault(
             "kv-cache-ignored",
@@ -700,7 +705,8 @@ GROUPED = Task(
             "The softmax runs over the queries or the heads, not over the keys.",
             "Normalise along the last axis.",
             STEPS,
-            settings=[{"axis": "queries"}, {"axis": "heads"}],
+            settings=[{"axis": "queries"}],
+            implementations=[_alone(axis="heads")],
         ),
         Fault(
             "mask-never-applied",
@@ -742,7 +748,8 @@ GROUPED = Task(
             "The heads are merged by exchanging the last two axes, or none: the numbers are right and in the wrong places.",
             "Exchange the axes of heads and tokens, (1, 2), then join the last two.",
             LAYER,
-            settings=[{"merge": "last two"}, {"merge": "view"}],
+            settings=[{"merge": "last two"}],
+            implementations=[_alone(merge="view")],
         ),
         Fault(
             "mha-no-output-projection",
@@ -756,7 +763,7 @@ GROUPED = Task(
             "The four projections have no bias here.",
             "Use nn.Linear with its bias.",
             LAYER,
-            settings=[{"bias": False}],
+            implementations=[_alone(bias=False)],
         ),
         Fault("backward-detached", *DETACHED, LAYER, settings=[{"cut": True}], sign=without_gradient),
     ],
@@ -776,7 +783,8 @@ def _cache_probes(generator: torch.Generator) -> list[Probe]:
         core: bool = False,
     ) -> Probe:
         n, n_kv_heads, head_dim = shape
-        args, steps = {}, []
+        args: dict[str, Any] = {}
+        steps: list[tuple[str, ...]] = []
         if looks == "before":
             steps += [("length",), ("nbytes",)]
         for number, length in enumerate(lengths, 1):
@@ -1039,10 +1047,10 @@ def _merge_twin(
     else:
         heads = k_weight.reshape(n_heads, -1, width)
     if grouping == "neighbours":
-        groups = heads.unflatten(0, (n_groups, -1))
+        groups: Tensor = heads.unflatten(0, (n_groups, -1))
     else:
         groups = heads.unflatten(0, (-1, n_groups)).transpose(0, 1)
-    merged = {
+    merging: dict[str, Callable[[], Tensor]] = {
         "mean": lambda: groups.mean(1),
         "sum": lambda: groups.sum(1),
         "first": lambda: groups[:, 0],
@@ -1051,8 +1059,8 @@ def _merge_twin(
         "mean of all": lambda: heads.mean(0).expand(n_groups, -1, -1),
         "mean over rows": lambda: groups.mean(2),
         "mean, repeated": lambda: groups.mean(1, keepdim=True).expand_as(groups).flatten(0, 1),
-    }[how]()
-    result = merged.flatten(0, 1)
+    }
+    result = merging[how]().flatten(0, 1)
     if layout == "columns":
         result = result.T
     return result.detach() if cut else result
@@ -1414,7 +1422,7 @@ DECODE = Task(
 def _right_by_interleave(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     n = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(n, dim=1), value.repeat_interleave(n, dim=1)
-    scores = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
+    scores: Tensor = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
     return scores.softmax(dim=-1) @ value
 
 
@@ -1438,14 +1446,14 @@ def _right_by_heads(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def _wrong_tiled(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     n = query.shape[1] // key.shape[1]
     key, value = key.repeat(1, n, 1, 1), value.repeat(1, n, 1, 1)
-    scores = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
+    scores: Tensor = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
     return scores.softmax(dim=-1) @ value
 
 
 def _wrong_tiled_values(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     n = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(n, dim=1), value.repeat(1, n, 1, 1)
-    scores = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
+    scores: Tensor = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
     return scores.softmax(dim=-1) @ value
 
 
@@ -1453,17 +1461,17 @@ def _wrong_added(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     g = key.shape[1]
     n = query.shape[1] // g
     q = query.unflatten(1, (g, n)).sum(dim=2)
-    scores = q @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
+    scores: Tensor = q @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
     return (scores.softmax(dim=-1) @ value).repeat_interleave(n, dim=1)
 
 
 def _wrong_not_repeated(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    scores = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
+    scores: Tensor = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
     return scores.softmax(dim=-1) @ value
 
 
 def _wrong_first_head(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    scores = query @ key[:, :1].transpose(-2, -1) / query.shape[-1] ** 0.5
+    scores: Tensor = query @ key[:, :1].transpose(-2, -1) / query.shape[-1] ** 0.5
     return scores.softmax(dim=-1) @ value[:, :1]
 
 
@@ -1471,21 +1479,21 @@ def _wrong_exchanged(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     n = key.shape[1]
     heads = torch.arange(query.shape[1]) // n % n
     key, value = key[:, heads], value[:, heads]
-    scores = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
+    scores: Tensor = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
     return scores.softmax(dim=-1) @ value
 
 
 def _wrong_scale(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     n = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(n, dim=1), value.repeat_interleave(n, dim=1)
-    scores = query @ key.transpose(-2, -1) / (query.shape[1] * query.shape[-1]) ** 0.5
+    scores: Tensor = query @ key.transpose(-2, -1) / (query.shape[1] * query.shape[-1]) ** 0.5
     return scores.softmax(dim=-1) @ value
 
 
 def _wrong_axis(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     n = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(n, dim=1), value.repeat_interleave(n, dim=1)
-    scores = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
+    scores: Tensor = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
     return scores.softmax(dim=-2) @ value
 
 
@@ -1500,8 +1508,8 @@ def _wrong_length(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def _wrong_mean(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     n = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(n, dim=1), value.repeat_interleave(n, dim=1)
-    scores = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
-    heads = (scores.softmax(dim=-1) @ value).unflatten(1, (-1, n))
+    scores: Tensor = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
+    heads: Tensor = (scores.softmax(dim=-1) @ value).unflatten(1, (-1, n))
     return heads.mean(dim=2, keepdim=True).expand_as(heads).flatten(1, 2)
 
 

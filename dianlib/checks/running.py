@@ -379,11 +379,10 @@ class _Cache:
     """What Cache describes."""
 
     def __init__(self, key: Tensor | None = None, value: Tensor | None = None) -> None:
-        self._parts = () if key is None or value is None else (key.clone(), value.clone())
+        self._parts = [] if key is None or value is None else [key.clone(), value.clone()]
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        new = (key, value)
-        self._parts = tuple(map(_join, self._parts, new)) if self._parts else new
+        self._parts = list(map(_join, self._parts, (key, value))) if self._parts else [key, value]
         return self._parts[0], self._parts[1]
 
     @property
