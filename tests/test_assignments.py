@@ -13,7 +13,7 @@ import torch
 import yaml
 from assignment import BEGIN, END, ROOT, answer_cells, define, items, mark, read, visible_and_hidden
 
-from dianlib import lstm, metrics, mlp, rnn, search, seq2seq
+from dianlib import grouped_query, lstm, metrics, mlp, rnn, search, seq2seq
 from dianlib.checks import grade, tasks
 from dianlib.checks.registry import CHAPTERS
 from dianlib.checks.running import make
@@ -341,6 +341,33 @@ def test_the_examples_of_the_seq2seq_statements_are_right() -> None:
     assert said("grade_this", f"{masked} and 0")
 
 
+def test_the_examples_of_the_grouped_query_statements_are_right() -> None:
+    def said(task: str, *numbers: str) -> bool:
+        statement = item_of("exercises", "grouped_query", f"grouped_query.{task}").statement
+        return all(number in statement for number in numbers)
+
+    assert said("cache_bytes", f"four bytes a number: {grouped_query.cache_bytes(2, 1, 3, 5, 1, 4)}.")
+    repeated = grouped_query.repeat_kv(torch.tensor([10, 20]).reshape(1, 2, 1, 1), 2)
+    assert said("repeat_kv", "`[10, 20]`", f"`{repeated.flatten().tolist()}`")
+    layer = grouped_query.GroupedQueryAttention(8, 4, 2)
+    parts = [sum(p.numel() for p in part.parameters()) for part in layer.children()]
+    assert parts == [72, 36, 36, 72]
+    assert said("GroupedQueryAttention", f"72 + 36 + 36 + 72 = {sum(parts)} parameters")
+    cache = grouped_query.KVCache()
+    cache.append(*(torch.zeros(1, 2, 3, 4) for _ in range(2)))
+    assert said("KVCache", f"`length` is {cache.length} and `nbytes` is {cache.nbytes}")
+    merged = grouped_query.mha_to_gqa(torch.tensor([[1.0], [3], [5], [9]]), 4, 2)
+    assert said("mha_to_gqa", "`[[1], [3], [5], [9]]`", f"`{merged.int().tolist()}`")
+
+    query = torch.tensor([1.0, -1]).reshape(1, 2, 1, 1)
+    key, value = torch.tensor([math.log(3), 0, 4, 8]).reshape(2, 1, 1, 2, 1)
+    outputs = grouped_query.grouped_attention(query, key, value).flatten()
+    assert torch.allclose(outputs, torch.tensor([5.0, 7.0]))
+    assert said("grade_this", "the outputs must be 5 and 7")
+    size = grouped_query.cache_bytes(2, 4, 64, length=1)
+    assert said("read_a_claim", f"= {size:,} bytes a token", f"{2**30 // size:,} tokens fit")
+
+
 # ----- the solutions -------------------------------------------------------------------------------------
 
 
@@ -458,6 +485,7 @@ def test_the_trial_on_real_digits_works_and_waits_politely(slug: str) -> None:
         "rnn": r"(3[6789]\d) of 397 scans right",
         "lstm": r"(3[456789]\d) of 397 scans right",
         "seq2seq": r"(1[6-9]\d|200) of 200 new dates right",
+        "grouped_query": r"(9\d|100)% of 900 new tokens right; the same as without a cache: True",
     }[slug]
     assert re.search(wanted, printed["solutions"]), printed["solutions"]
     # A half-finished function gets a sentence, too.
@@ -468,6 +496,7 @@ def test_the_trial_on_real_digits_works_and_waits_politely(slug: str) -> None:
         "rnn": {"RNNClassifier": lambda *_sizes: None},
         "lstm": {"LSTMClassifier": lambda *_sizes: None},
         "seq2seq": {"shift_right": lambda _target, _bos: None},
+        "grouped_query": {"KVCache": lambda: 0},
     }
     out = io.StringIO()
     with contextlib.redirect_stdout(out):

@@ -334,7 +334,7 @@ def _layer_probes(generator: torch.Generator) -> list[Probe]:
         width = n_kv_heads * head_dim
         state: list[Tensor] = []
         for rows in (d_model, width, width, d_model):
-            state += [randn(generator, rows, d_model) / 2, randn(generator, rows)]
+            state += [randn(generator, rows, d_model) / 4, randn(generator, rows)]
         args: dict[str, Any] = {"x": (randn(generator, n, length, d_model) * 4).round() / 4}
         n_keys = length + (past or 0)
         allowed = torch.ones(n, 1, length, n_keys, dtype=torch.bool)
@@ -562,6 +562,14 @@ def _parameters(probe: Probe, got: Outcome, wanted: Outcome) -> str:
     return ""
 
 
+def _kept(probe: Probe, got: Outcome, wanted: Outcome) -> str:
+    name = "cache.length afterwards"
+    found, right = got.values.get(name), wanted.values.get(name)
+    if found == right:
+        return ""
+    return f"The cache holds {found} tokens after the call; with the new ones it should hold {right}."
+
+
 def _alone(**setting: Any) -> Candidate:
     """Make a form of a mistake that is looked for by itself, and not in pairs."""
     return partial(_FaultyGroupedQuery, **setting)
@@ -576,7 +584,7 @@ GROUPED = Task(
     twin=_FaultyGroupedQuery,
     # torch's kernels share keys by themselves: the answer.
     forbidden=frozenset({"scaled_dot_product_attention", "multi_head_attention_forward"}),
-    properties=[_parameters],
+    properties=[_parameters, _kept],
     variants=[_LayerByLoops, _LayerByEinsum, _LayerByRepeating],
     hints=(
         "How many rows do k_proj and v_proj have, and how many attention matrices does the layer compute?",

@@ -492,7 +492,8 @@ def _after(name: str, made: Any, spec: Any) -> dict[str, Any]:
     if isinstance(made, AskedTrial):
         return made.asked()
     if isinstance(made, _Cache):
-        return {f"{name}.{part} afterwards": value for part, value in made.held().items()}
+        held = {f"{name}.{part} afterwards": value for part, value in made.held().items()}
+        return {f"{name}.length afterwards": made.length, **held}
     if isinstance(made, _CachedModel):
         return {f"tokens that {name} has read": made.n_read}
     if not isinstance(spec, Parameters):
