@@ -147,7 +147,7 @@ def mha_to_gqa(k_weight: Tensor, n_heads: int, n_kv_heads: int) -> Tensor:
 
 
 class LatentAttention(nn.Module):
-    """Keep one short vector a token, from which keys and values of all heads are made: (B, L, D) -> (B, L, D).
+    """Keep one short vector a token, and make all keys and values from it: (B, L, D) -> (B, L, D).
 
     The cache of a token is a latent vector of C numbers and one rotated key of R numbers that all heads
     share. ``forward`` makes every key and value; ``absorbed`` gives the same and makes none of them: each

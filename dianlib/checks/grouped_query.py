@@ -807,7 +807,7 @@ def _cache_probes(generator: torch.Generator) -> list[Probe]:
         return Probe(name, args, (), steps=tuple(steps), core=core)
 
     return [
-        probe("one token, then another", (1, 1, 2), [1, 1], core=True),
+        probe("one token, then another", (2, 2, 8), [1, 1], core=True),
         probe("a prompt of four tokens, then one at a time", (2, 2, 3), [4, 1, 1], core=True),
         probe("before the first token, and then three and two", (2, 3, 2), [3, 2], looks="before"),
         probe("numbers of two bytes", (2, 2, 4), [2, 3], dtype=torch.float16),
