@@ -166,12 +166,12 @@ EQUIVALENT = {
     "grouped_query.grade_this": {
         "generator = torch.Generator().manual_seed(0)": "other random numbers serve as well",
         "generator = torch.Generator().manual_seed(2)": "other random numbers serve as well",
-        "query = torch.randn(2, 6, 4, 4, generator=generator)": "fewer queries than keys serve, four like three",
-        "query = torch.randn(2, 6, 2, 4, generator=generator)": "fewer queries than keys serve, two like three",
-        "key, value = torch.randn(2, 1, 2, 5, 4, generator=generator)": "one sample of keys serves all queries",
-        "key, value = torch.randn(2, 2, 3, 5, 4, generator=generator)": "two heads for each of three tell as much",
-        "key, value = torch.randn(2, 2, 2, 6, 4, generator=generator)": "more keys than queries serve, six like five",
-        "key, value = torch.randn(2, 2, 2, 4, 4, generator=generator)": "more keys than queries serve, four like five",
+        "query = torch.randn(2, 6, 4, 4, generator=generator)": "four queries serve as well as three",
+        "query = torch.randn(2, 6, 2, 4, generator=generator)": "two queries serve as well as three",
+        "key, value = torch.randn(2, 1, 2, 5, 4, generator=generator)": "one sample of keys serves",
+        "key, value = torch.randn(2, 2, 3, 5, 4, generator=generator)": "three key-value heads serve",
+        "key, value = torch.randn(2, 2, 2, 6, 4, generator=generator)": "six keys serve",
+        "key, value = torch.randn(2, 2, 2, 4, 4, generator=generator)": "four keys serve",
     },
     "grouped_query.read_a_claim": {
         'answers["tokens"] = 2**33 // (of_a_head * n_kv_heads)': "the division leaves no rest",

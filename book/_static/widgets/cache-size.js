@@ -16,7 +16,7 @@
     select { background: var(--pst-color-surface, #f5f5f5); border: 1px solid var(--pst-color-border, #767676);
       border-radius: 4px; padding: 0.15rem 0.5rem; }
     :is(input, select):focus-visible { outline: 3px solid var(--pst-color-primary, #0a7d91); outline-offset: 1px; }
-    output, td { font-variant-numeric: tabular-nums; }
+    .value, td { font-variant-numeric: tabular-nums; }
     table { width: 100%; border-collapse: collapse; margin: 0.7rem 0 0; }
     caption { text-align: left; font-weight: 600; padding-bottom: 0.2rem; }
     th { text-align: left; font-weight: 400; padding: 3px 8px 3px 0; width: 12rem; }
@@ -86,7 +86,7 @@
       this.shown = {};
       const controls = element("div", { class: "controls" }, element("label", {}, element("span", {}, "Model"), this.model));
       for (const [key, input] of Object.entries(this.sliders)) {
-        this.shown[key] = element("output");
+        this.shown[key] = element("span", { class: "value" }); // an output would take the label for itself
         controls.append(element("label", {}, element("span", {}, names[key]), this.shown[key], input));
         input.addEventListener("input", () => this.moved(key));
       }
