@@ -24,21 +24,21 @@ def repeat_kv(x: Tensor, n_repeats: int) -> Tensor:
 def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """Let H query heads read G key-value heads: (B, H, L, d), (B, G, S, d), (B, G, S, d) -> (B, H, L, d).
 
-    Nothing is repeated: the H / G heads of a group ask the same keys, so they stand below each other as
-    H / G times as many queries of one head. ``mask`` is bool, broadcasts to (B, H, L, S), and is True where
+    Nothing is repeated: the H / G heads of a group ask the same keys, so those of a new token stand below
+    each other, as H / G queries of one head. ``mask`` is bool, broadcasts to (B, H, L, S), and is True where
     a query may attend.
     """
     batch, n_heads, length, head_dim = query.shape
+    if length > 1:  # with many queries torch's own sharing is as fast, and takes the mask as it is
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
     n_kv_heads = key.shape[1]
-    below_each_other = query.reshape(batch, n_kv_heads, -1, head_dim)
+    below_each_other = query.reshape(batch, n_kv_heads, n_heads // n_kv_heads, head_dim)
     if mask is not None:
-        mask = mask[(None,) * (4 - mask.dim())].expand(-1, -1, length, -1)
-        if mask.shape[1] == 1:  # one mask for all heads: once for each head of a group
-            mask = mask.repeat(1, 1, n_heads // n_kv_heads, 1)
-        else:
-            mask = mask.reshape(mask.shape[0], n_kv_heads, -1, mask.shape[-1])
+        mask = mask[(None,) * (4 - mask.dim())]
+        if mask.shape[1] > 1:  # a row for each head
+            mask = mask.reshape(len(mask), n_kv_heads, -1, mask.shape[-1])
     output = F.scaled_dot_product_attention(below_each_other, key, value, attn_mask=mask)
-    return output.reshape(batch, n_heads, length, head_dim)
+    return output.reshape(query.shape)
 
 
 class KVCache:

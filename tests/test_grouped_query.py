@@ -46,10 +46,10 @@ def test_neighbours_share_a_key_value_head() -> None:
         assert torch.equal(repeated[:, head], x[:, head // 4])
 
 
-def masks() -> dict[str, Tensor | None]:
-    causal = causal_mask(L, S)
+def masks(length: int) -> dict[str, Tensor | None]:
+    causal = causal_mask(length, S)
     padding = padding_mask(torch.tensor([7, 4, 6]), S)
-    per_head = torch.rand(B, H, L, S, generator=torch.Generator().manual_seed(1)) < 0.6
+    per_head = torch.rand(B, H, length, S, generator=torch.Generator().manual_seed(1)) < 0.6
     return {
         "none": None,
         "causal (L, S)": causal,
@@ -62,13 +62,19 @@ def masks() -> dict[str, Tensor | None]:
 
 
 @pytest.mark.parametrize("n_kv_heads", GROUPS)
-@pytest.mark.parametrize("name", masks())
-def test_grouped_attention_equals_torch(n_kv_heads: int, name: str) -> None:
-    mask = masks()[name]
-    q, k, v = (randn(s, B, h, n, HEAD_DIM) for s, h, n in ((1, H, L), (2, n_kv_heads, S), (3, n_kv_heads, S)))
+@pytest.mark.parametrize("length", [1, L])
+@pytest.mark.parametrize("name", masks(1))
+def test_grouped_attention_equals_torch(name: str, length: int, n_kv_heads: int) -> None:
+    mask = masks(length)[name]
+    q = randn(1, B, H, length, HEAD_DIM)
+    k, v = (randn(s, B, n_kv_heads, S, HEAD_DIM) for s in (2, 3))
     ours = grouped_query.grouped_attention(q, k, v, mask)
     theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     assert_same_gradients(ours, theirs, [q, k, v])
+    share = H // n_kv_heads
+    k_repeated, v_repeated = (part[:, torch.arange(H) // share] for part in (k, v))
+    repeated = F.scaled_dot_product_attention(q, k_repeated, v_repeated, attn_mask=mask)
+    assert_same_gradients(grouped_query.grouped_attention(q, k, v, mask), repeated, [q, k, v])
 
 
 def test_grouped_attention_copies_no_key() -> None:
