@@ -525,7 +525,7 @@ class _LayerByEinsum(torch.nn.Module):
 
 
 class _LayerByRepeating(torch.nn.Module):
-    # what is kept are the layer's inputs? no: keys and values, repeated after the cache
+    # keys and values are repeated behind the cache
     def __init__(self, d_model: int, n_heads: int, n_kv_heads: int) -> None:
         super().__init__()
         self.n_heads, self.n_kv_heads, self.d_model = n_heads, n_kv_heads, d_model
@@ -633,14 +633,14 @@ GROUPED = Task(
         ),
         Fault(
             "gqa-kv-full-width",
-            "k_proj and v_proj have as many heads as the queries: nothing is saved.",
+            "Your k_proj and v_proj have as many heads as the queries: nothing is saved.",
             "They map D to G d, with d = D / H.",
             LAYER,
             implementations=[_alone(width="D")],
         ),
         Fault(
             "gqa-always-one-head",
-            "k_proj and v_proj have one head, whatever n_kv_heads says: that is multi-query attention.",
+            "Your k_proj and v_proj have one head, whatever n_kv_heads says: that is multi-query attention.",
             "They map D to G d.",
             LAYER,
             implementations=[_alone(width="d")],
@@ -977,35 +977,35 @@ KV_CACHE = Task(
         ),
         Fault(
             "kv-cache-returns-new-only",
-            "append keeps everything and returns only the new tokens, or nothing.",
+            "Your append keeps everything and returns only the new tokens, or nothing.",
             "Return the keys and values of all tokens so far: the attention needs them.",
             CACHE,
             settings=[{"returned": "new"}, {"returned": "nothing"}],
         ),
         Fault(
             "kv-cache-length-miscounted",
-            "length counts something else than the tokens of a sample: calls, heads, or the tokens of all samples.",
+            "Your length counts something else than the tokens of a sample: calls, heads, or the tokens of all samples.",
             "Return shape[2] of the keys.",
             CACHE,
             settings=[{"counted": "calls"}, {"counted": "of all samples"}, {"counted": "heads"}],
         ),
         Fault(
             "kv-bytes-of-keys-only",
-            "nbytes counts the keys and not the values.",
+            "Your nbytes counts the keys and not the values.",
             "Count both.",
             PRICE,
             settings=[{"weighed": "keys"}],
         ),
         Fault(
             "kv-bytes-size-of-a-number",
-            "nbytes counts numbers, or takes four bytes for each.",
+            "Your nbytes counts numbers, or takes four bytes for each.",
             "Multiply by element_size(): a number of float16 has two bytes.",
             PRICE,
             settings=[{"weighed": "numbers"}, {"weighed": "four bytes"}],
         ),
         Fault(
             "kv-bytes-of-one-token",
-            "nbytes counts one token, not all that are kept.",
+            "Your nbytes counts one token, not all that are kept.",
             "Count the tensors as they are.",
             PRICE,
             settings=[{"weighed": "of one token"}],
@@ -1160,7 +1160,7 @@ MERGE = Task(
         Fault(
             "gqa-group-size-for-number",
             "You make H / G groups of G heads; there should be G groups of H / G heads.",
-            "n_kv_heads is the number of groups, not their size.",
+            "Take n_kv_heads for the number of groups, not their size.",
             CONVERT,
             settings=[{"number": "groups of G"}],
         ),
