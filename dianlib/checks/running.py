@@ -546,7 +546,8 @@ def _load_by_name(module: nn.Module, values: dict[str, Tensor]) -> None:
             value = torch.cat(parts)
         if value.dim() == parameter.dim():
             for axis, size in enumerate(parameter.shape):
-                value = value.index_select(axis, torch.arange(size) % value.shape[axis])
+                if size != value.shape[axis]:
+                    value = value.index_select(axis, torch.arange(size) % value.shape[axis])
             with torch.no_grad():
                 parameter.copy_(value)
 
