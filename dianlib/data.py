@@ -348,6 +348,30 @@ def order_task(
     return inputs, torch.cat([first, later], dim=1)
 
 
+def attributes_task(
+    n_samples: int,
+    n_items: int = 8,
+    n_attributes: int = 4,
+    n_values: int = 8,
+    *,
+    generator: Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Make lists of items with attributes, and questions about several items at once.
+
+    Returns values (N, n_items, n_attributes) int64, below ``n_values``; asked (N, n_attributes) int64, a
+    different item for each attribute; and targets (N, n_attributes) int64: attribute a of item asked[:, a].
+    A network that answers at one place has to look at as many items as there are attributes, so each head
+    that looks where no other does counts. Raises ValueError for fewer items than attributes.
+    """
+    if n_items < n_attributes:
+        raise ValueError("attributes_task needs at least as many items as attributes.")
+    values = torch.randint(n_values, (n_samples, n_items, n_attributes), generator=generator)
+    order = torch.rand(n_samples, n_items, generator=generator).argsort(dim=1)
+    asked = order[:, :n_attributes]
+    targets = values.gather(1, asked.unsqueeze(1)).squeeze(1)
+    return values, asked, targets
+
+
 # ----- sentences ---------------------------------------------------------------------------------------
 
 # The first four numbers of every vocabulary: padding, begin, end, and any token that is not listed.

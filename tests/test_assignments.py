@@ -13,7 +13,7 @@ import torch
 import yaml
 from assignment import BEGIN, END, ROOT, answer_cells, define, items, mark, read, visible_and_hidden
 
-from dianlib import attention, lstm, metrics, mlp, multihead, positions, rnn, search, seq2seq
+from dianlib import attention, grouped_query, lstm, metrics, mlp, multihead, positions, rnn, search, seq2seq
 from dianlib.checks import grade, tasks
 from dianlib.checks.registry import CHAPTERS
 from dianlib.checks.running import make
@@ -459,6 +459,33 @@ def test_the_examples_of_the_positions_statements_are_right() -> None:
     )
 
 
+def test_the_examples_of_the_grouped_query_statements_are_right() -> None:
+    def said(task: str, *numbers: str) -> bool:
+        statement = item_of("exercises", "grouped_query", f"grouped_query.{task}").statement
+        return all(number in statement for number in numbers)
+
+    assert said("cache_bytes", f"four bytes a number: {grouped_query.cache_bytes(2, 1, 3, 5, 1, 4)}.")
+    repeated = grouped_query.repeat_kv(torch.tensor([10, 20]).reshape(1, 2, 1, 1), 2)
+    assert said("repeat_kv", "`[10, 20]`", f"`{repeated.flatten().tolist()}`")
+    layer = grouped_query.GroupedQueryAttention(8, 4, 2)
+    parts = [sum(p.numel() for p in part.parameters()) for part in layer.children()]
+    assert parts == [72, 36, 36, 72]
+    assert said("GroupedQueryAttention", f"72 + 36 + 36 + 72 = {sum(parts)} parameters")
+    cache = grouped_query.KVCache()
+    cache.append(*(torch.zeros(1, 2, 3, 4) for _ in range(2)))
+    assert said("KVCache", f"`length` is {cache.length} and `nbytes` is {cache.nbytes}")
+    merged = grouped_query.mha_to_gqa(torch.tensor([[1.0], [3], [5], [9]]), 4, 2)
+    assert said("mha_to_gqa", "`[[1], [3], [5], [9]]`", f"`{merged.int().tolist()}`")
+
+    query = torch.tensor([1.0, -1]).reshape(1, 2, 1, 1)
+    key, value = torch.tensor([math.log(3), 0, 4, 8]).reshape(2, 1, 1, 2, 1)
+    outputs = grouped_query.grouped_attention(query, key, value).flatten()
+    assert torch.allclose(outputs, torch.tensor([5.0, 7.0]))
+    assert said("grade_this", "the outputs must be 5 and 7")
+    size = grouped_query.cache_bytes(2, 4, 64, length=1)
+    assert said("read_a_claim", f"= {size:,} bytes a token", f"{2**30 // size:,} tokens fit")
+
+
 # ----- the solutions -------------------------------------------------------------------------------------
 
 
@@ -579,6 +606,7 @@ def test_the_trial_on_real_digits_works_and_waits_politely(slug: str) -> None:
         "attention": r"(19\d|200) of 200 new sequences right, weight on padding 0\.000",
         "multihead": r"1 heads: [45]\d%.*\n2 heads: [67]\d%.*\n4 heads: (9[5-9]|100)%",
         "positions": r"(1[4-9]\d|200) of 200 new sequences right",
+        "grouped_query": r"(9\d|100)% of 900 new tokens right; the same as without a cache: True",
     }[slug]
     assert re.search(wanted, printed["solutions"]), printed["solutions"]
     # A half-finished function gets a sentence, too.
@@ -592,6 +620,7 @@ def test_the_trial_on_real_digits_works_and_waits_politely(slug: str) -> None:
         "attention": {"padding_mask": lambda _lengths, _max_length: None},
         "multihead": {"MultiHeadAttention": lambda *_sizes: None},
         "positions": {"rotary_attention": lambda *_: (None, None)},
+        "grouped_query": {"KVCache": lambda: 0},
     }
     out = io.StringIO()
     with contextlib.redirect_stdout(out):

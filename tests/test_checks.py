@@ -16,7 +16,7 @@ from sklearn.metrics import f1_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dianlib import attention, lstm, metrics, mlp, multihead, positions, rnn, search, training
+from dianlib import attention, grouped_query, lstm, metrics, mlp, multihead, positions, rnn, search, training
 from dianlib.checks import check, grade, hint, tasks
 from dianlib.checks.judging import Bench, anchor, judge
 from dianlib.checks.running import Probe, run, run_all
@@ -196,6 +196,26 @@ class MultiHeadByTorch(nn.Module):
         return self.layer(query, key, value, attn_mask=mask, average_attn_weights=False)
 
 
+class GroupedByTorch(nn.Module):
+    def __init__(self, d_model: int, n_heads: int, n_kv_heads: int) -> None:
+        super().__init__()
+        self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
+        width = d_model // n_heads * n_kv_heads
+        self.q_proj, self.o_proj = nn.Linear(d_model, d_model), nn.Linear(d_model, d_model)
+        self.k_proj, self.v_proj = nn.Linear(d_model, width), nn.Linear(d_model, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: Any = None) -> Any:
+        q = self.q_proj(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+        k, v = (
+            part(x).unflatten(-1, (self.n_kv_heads, -1)).transpose(1, 2)
+            for part in (self.k_proj, self.v_proj)
+        )
+        if cache is not None:
+            k, v = cache.append(k, v)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
 SHORTCUTS: list[tuple[str, Any]] = [
     ("metrics.confusion_matrix", metrics.confusion_matrix),
     ("metrics.accuracy", metrics.accuracy),
@@ -281,6 +301,13 @@ SHORTCUTS: list[tuple[str, Any]] = [
     ("positions.to_neighbours", positions.to_neighbours),
     ("positions.alibi_bias", positions.alibi_bias),
     ("positions.relative_scores", positions.relative_scores),
+    ("grouped_query.cache_bytes", grouped_query.cache_bytes),
+    ("grouped_query.repeat_kv", lambda x, n_repeats: grouped_query.repeat_kv(x, n_repeats)),
+    ("grouped_query.GroupedQueryAttention", grouped_query.GroupedQueryAttention),
+    ("grouped_query.GroupedQueryAttention", GroupedByTorch),
+    ("grouped_query.KVCache", grouped_query.KVCache),
+    ("grouped_query.mha_to_gqa", grouped_query.mha_to_gqa),
+    ("grouped_query.decode", grouped_query.decode),
 ]
 
 

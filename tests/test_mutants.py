@@ -213,6 +213,24 @@ EQUIVALENT = {
         'answers["slowest wavelength"] = 2 * math.pi * 10001.0 ** (62 / head_dim)': "the fifth digit",
         'answers["slowest wavelength"] = 2 * math.pi * 9999.0 ** (62 / head_dim)': "the fifth digit",
     },
+    "grouped_query.KVCache": {
+        "def length(self):": "without its decorator a method, which may stand for a property",
+        "def nbytes(self):": "without its decorator a method, which may stand for a property",
+    },
+    "grouped_query.grade_this": {
+        "generator = torch.Generator().manual_seed(0)": "other random numbers serve as well",
+        "generator = torch.Generator().manual_seed(2)": "other random numbers serve as well",
+        "query = torch.randn(2, 6, 4, 4, generator=generator)": "four queries serve as well as three",
+        "query = torch.randn(2, 6, 2, 4, generator=generator)": "two queries serve as well as three",
+        "key, value = torch.randn(2, 1, 2, 5, 4, generator=generator)": "one sample of keys serves",
+        "key, value = torch.randn(2, 2, 3, 5, 4, generator=generator)": "three key-value heads serve",
+        "key, value = torch.randn(2, 2, 2, 6, 4, generator=generator)": "six keys serve",
+        "key, value = torch.randn(2, 2, 2, 4, 4, generator=generator)": "four keys serve",
+    },
+    "grouped_query.read_a_claim": {
+        'answers["tokens"] = 2**33 // (of_a_head * n_kv_heads)': "the division leaves no rest",
+        'answers["tokens with 32"] = 2**33 // (of_a_head * n_heads)': "the division leaves no rest",
+    },
 }
 
 

@@ -827,6 +827,110 @@ answers = {
     "table": 4096 * 32,
     "extra work": 1 / 512,
     "weight ratio": None,
+""",
+    ),
+    "grouped_query.cache_bytes": (
+        "kv-bytes-of-keys-only",
+        """
+def cache_bytes(n_layers, n_kv_heads, head_dim, length, batch, bytes_per_value):
+    return n_layers * n_kv_heads * head_dim * length * batch * bytes_per_value
+""",
+    ),
+    "grouped_query.repeat_kv": (
+        "gqa-tiled-grouping",
+        """
+def repeat_kv(x, n_repeats):
+    return x.repeat(1, n_repeats, 1, 1)
+""",
+    ),
+    "grouped_query.GroupedQueryAttention": (
+        "gqa-sums-in-group",
+        """
+class GroupedQueryAttention(nn.Module):
+    def __init__(self, d_model, n_heads, n_kv_heads):
+        super().__init__()
+        self.h, self.g, self.d = n_heads, n_kv_heads, d_model // n_heads
+        self.q_proj, self.o_proj = nn.Linear(d_model, d_model), nn.Linear(d_model, d_model)
+        self.k_proj = nn.Linear(d_model, n_kv_heads * self.d)
+        self.v_proj = nn.Linear(d_model, n_kv_heads * self.d)
+
+    def forward(self, x, mask=None, cache=None):
+        b, n, _ = x.shape
+        q = self.q_proj(x).view(b, n, self.g, self.h // self.g, self.d).sum(3).transpose(1, 2)
+        k = self.k_proj(x).view(b, n, self.g, self.d).transpose(1, 2)
+        v = self.v_proj(x).view(b, n, self.g, self.d).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        scores = q @ k.mT / self.d**0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -1e9)
+        out = (scores.softmax(-1) @ v).repeat_interleave(self.h // self.g, 1)
+        return self.o_proj(out.transpose(1, 2).reshape(b, n, -1))
+""",
+    ),
+    "grouped_query.KVCache": (
+        "kv-bytes-size-of-a-number",
+        """
+class KVCache:
+    def __init__(self):
+        self.keys, self.values = [], []
+
+    def append(self, key, value):
+        self.keys.append(key)
+        self.values.append(value)
+        return torch.cat(self.keys, 2), torch.cat(self.values, 2)
+
+    def length(self):
+        return sum(key.shape[2] for key in self.keys)
+
+    def nbytes(self):
+        return 4 * sum(part.numel() for part in self.keys + self.values)
+""",
+    ),
+    "grouped_query.mha_to_gqa": (
+        "gqa-group-size-for-number",
+        """
+def mha_to_gqa(k_weight, n_heads, n_kv_heads):
+    d = k_weight.shape[0] // n_heads
+    return k_weight.view(-1, n_kv_heads, d, k_weight.shape[1]).mean(1).flatten(0, 1)
+""",
+    ),
+    "grouped_query.decode": (
+        "kv-position-restarts",
+        """
+def decode(model, prompt, n_new):
+    cache = model.new_cache()
+    tokens = new = prompt
+    for _ in range(n_new):
+        n = new.shape[1]
+        mask = torch.ones(n, n, dtype=torch.bool).tril() if n > 1 else None
+        new = model(new, torch.arange(n), mask, cache)[:, -1:].argmax(-1)
+        tokens = torch.cat([tokens, new], 1)
+    return tokens
+""",
+    ),
+    "grouped_query.grade_this": (
+        "test-with-square-of-groups",
+        """
+def examine(grouped_attention):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 4, 3, 5, generator=generator)
+    key, value = torch.randn(2, 2, 2, 6, 5, generator=generator)
+    wanted = nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    return torch.allclose(grouped_attention(query, key, value), wanted, atol=1e-4)
+""",
+    ),
+    "grouped_query.read_a_claim": (
+        "gqa-sums-in-group",
+        """
+answers = {
+    "patterns": 4,
+    "ceiling": 0.5625,
+    "key-value heads": 1,
+    "bytes per token": 131072,
+    "tokens": 65536,
+    "tokens with 32": 16384,
+    "scores": 32,
 }
 """,
     ),

@@ -231,8 +231,7 @@ class Bench:
 
     def diagnose(self, outcomes: list[Outcome], wanted: list[Outcome]) -> Diagnosis:
         """Name what explains the outcomes: one mistake, else several together, else a sign, else nothing."""
-        forms = [(fault, form) for fault in self.task.mistakes for form in self.task.forms(fault)]
-        single = [fault for fault, form in forms if self._explains(form, outcomes)]
+        single = [fault for fault, form in self.task.singles if self._explains(form, outcomes)]
         if single:
             return Diagnosis(tuple({fault.id: fault for fault in single}.values()))
         several = [

@@ -8,7 +8,18 @@ from types import MappingProxyType
 from dianlib.checks.task import Task
 
 # The chapters that have an assignment. A new chapter adds its slug here.
-CHAPTERS = ("metrics", "mlp", "search", "rnn", "lstm", "seq2seq", "attention", "multihead", "positions")
+CHAPTERS = (
+    "metrics",
+    "mlp",
+    "search",
+    "rnn",
+    "lstm",
+    "seq2seq",
+    "attention",
+    "multihead",
+    "positions",
+    "grouped_query",
+)
 
 # The modules that hold the answers of a chapter. Students may import them in the chapters after it.
 REFERENCES = {
@@ -21,6 +32,7 @@ REFERENCES = {
     "attention": ("dianlib.attention",),
     "multihead": ("dianlib.multihead",),
     "positions": ("dianlib.positions",),
+    "grouped_query": ("dianlib.grouped_query",),
 }
 TOOLS = ("dianlib.data", "dianlib.plotting")
 

@@ -109,6 +109,31 @@ class NextToken:
 
 
 @dataclass(frozen=True)
+class Cache:
+    """A cache of keys and values: append(key, value) adds (B, G, L, d) and returns all so far. It has a length.
+
+    It holds ``key`` and ``value`` already, or is empty, and then counts as False.
+    """
+
+    key: Tensor | None = None
+    value: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class CachedModel:
+    """A language model of attention layers: model(tokens, positions, mask, cache) -> logits (B, L, V).
+
+    ``tokens`` (V, D), ``places`` (P, D), a query, a key and a value matrix (D, D) for each layer, and
+    ``readout`` (V, D). Its new_cache() is empty. The model notes how many tokens it has read.
+    """
+
+    tokens: Tensor
+    places: Tensor
+    layers: tuple[tuple[Tensor, Tensor, Tensor], ...]
+    readout: Tensor
+
+
+@dataclass(frozen=True)
 class Source:
     """A function given as source text: ``name`` is the function to take from it."""
 
@@ -160,7 +185,10 @@ class Probe:
 
     ``args`` are passed by position, in order. With ``build`` the candidate is a class: it is built
     with these arguments, its parameters get the values of ``state`` by shape, and the module is
-    called with ``args``. Where ``names`` are given, values and parameters meet by name instead. ``gradients`` names the arguments whose gradients are taken ("parameters"
+    called with ``args``. Where ``names`` are given, values and parameters meet by name instead.
+    With ``steps`` the candidate is any class: each step is the name of a method or attribute, and the names
+    of the arguments for it, and what it gives is a part of the result. ``gradients`` names the
+    arguments whose gradients are taken ("parameters"
     for all parameters of a module). ``calls`` repeats the call on the same objects. ``verdict``
     marks a candidate that judges: it rejects by returning False or by raising. A failed ``core``
     probe leaves no points for the others; ``weight`` is the probe's share of the points.
@@ -171,6 +199,7 @@ class Probe:
     build: tuple[Any, ...] | None = None
     state: tuple[Tensor, ...] = ()
     names: tuple[str, ...] = ()
+    steps: tuple[tuple[str, ...], ...] = ()
     gradients: tuple[str, ...] = ()
     calls: int = 1
     verdict: bool = False
@@ -309,6 +338,10 @@ def make(spec: Any, made: Mapping[str, Any] = MappingProxyType({})) -> Any:
             return _Decoder(spec)
         case NextToken():
             return _next_token(spec.scores)
+        case Cache():
+            return _Cache(spec.key, spec.value)
+        case CachedModel():
+            return _CachedModel(spec)
         case Source():
             namespace: dict[str, Any] = {"torch": torch, "Tensor": Tensor}
             exec(spec.text, namespace)
@@ -343,6 +376,59 @@ class _Decoder(nn.Module):
         return (weights.unsqueeze(-1) * keys).sum(dim=1), weights
 
 
+class _Cache:
+    """What Cache describes."""
+
+    def __init__(self, key: Tensor | None = None, value: Tensor | None = None) -> None:
+        self._parts = [] if key is None or value is None else [key.clone(), value.clone()]
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        self._parts = list(map(_join, self._parts, (key, value))) if self._parts else [key, value]
+        return self._parts[0], self._parts[1]
+
+    @property
+    def length(self) -> int:
+        return self._parts[0].shape[-2] if self._parts else 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def held(self) -> dict[str, Tensor]:
+        """Name what it holds."""
+        return {name: part.detach().clone() for name, part in zip(("keys", "values"), self._parts)}  # noqa: B905
+
+
+def _join(before: Tensor, new: Tensor) -> Tensor:
+    return torch.cat([before, new], dim=-2)
+
+
+class _CachedModel:
+    """What CachedModel describes."""
+
+    def __init__(self, spec: CachedModel) -> None:
+        self._spec = spec
+        self.n_read = 0
+
+    def new_cache(self) -> list[_Cache]:
+        return [_Cache() for _ in self._spec.layers]
+
+    def __call__(
+        self, tokens: Tensor, positions: Tensor, mask: Tensor | None = None, cache: Any = None
+    ) -> Tensor:
+        self.n_read += tokens.shape[-1]
+        x = self._spec.tokens[tokens] + self._spec.places[positions]
+        for number, weights in enumerate(self._spec.layers):
+            query, key, value = (x @ weight for weight in weights)
+            if cache is not None:
+                key, value = cache[number].append(key, value)
+            scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
+            if mask is not None:
+                scores = scores.masked_fill(~mask, -math.inf)
+            # A row without any allowed token looks at nothing.
+            x = x + scores.softmax(dim=-1).nan_to_num() @ value
+        return x @ self._spec.readout.T
+
+
 def _next_token(scores: Tensor) -> Any:
     """Return a step for decoding that counts its own calls, as a model that keeps its state does."""
     calls = 0
@@ -366,6 +452,8 @@ def _leaves(value: Any, name: str) -> dict[str, Any]:
     match value:
         case None:
             return {}
+        case Foreign():
+            return {name: value}
         case Tensor() if _is_plain(value):
             return {name: value.detach().as_subclass(Tensor).clone()}
         case Tensor():
@@ -404,6 +492,11 @@ def _after(name: str, made: Any, spec: Any) -> dict[str, Any]:
         return {f"{name}.{key} afterwards": value.detach().clone() for key, value in made.named_parameters()}
     if isinstance(made, AskedTrial):
         return made.asked()
+    if isinstance(made, _Cache):
+        held = {f"{name}.{part} afterwards": value for part, value in made.held().items()}
+        return {f"{name}.length afterwards": made.length, **held}
+    if isinstance(made, _CachedModel):
+        return {f"tokens that {name} has read": made.n_read}
     if not isinstance(spec, Parameters):
         return {}
     if not spec.watch_gradients:
@@ -694,7 +787,7 @@ def _call(
     try:
         with _watch(forbidden) as used:
             call = candidate if probe.build is None else candidate(*probe.build)
-        if probe.build is not None:
+        if probe.build is not None and not probe.steps:
             if not isinstance(call, nn.Module):
                 raise TypeError(f"this must be an nn.Module, but building it gave a {type(call).__name__}")
             outcome.values["number of parameters"] = sum(p.numel() for p in call.parameters())
@@ -716,7 +809,7 @@ def _call(
                 for name, value in made.items()
             ]
             with _watch(forbidden) as used_now:
-                result = call(*objects)
+                result = _follow(call, probe.steps, made) if probe.steps else call(*objects)
             used += used_now
             outcome.values |= _leaves(result, "result" if number == 0 else f"result of call {number + 1}")
         outcome.random = not torch.equal(torch.get_rng_state(), state)
@@ -729,6 +822,23 @@ def _call(
         outcome.values |= _after(name, value, probe.args[name])
     if probe.gradients:
         _differentiate(call, result, probe, made, outcome)
+
+
+def _follow(candidate: Any, steps: tuple[tuple[str, ...], ...], made: dict[str, Any]) -> dict[str, Any]:
+    """Take the steps one after the other on one object; an attribute may stand where a method is asked for."""
+    found = {}
+    for number, (name, *arguments) in enumerate(steps, 1):
+        part = getattr(candidate, name)
+        value = part(*(made[argument] for argument in arguments)) if callable(part) else part
+        # As it is now: what was returned may be a view of memory that later steps write to.
+        found[f"step {number}: {name}"] = Foreign("nothing") if value is None else _frozen(value)
+    return found
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return tuple(_frozen(part) for part in value[:100])
+    return value.clone() if isinstance(value, Tensor) and _is_plain(value) else value
 
 
 def _tensors(made: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -85,6 +85,11 @@ class Task:
             fault.implementations
         )
 
+    @cached_property  # the same objects every time, so that a bench knows what each of them did
+    def singles(self) -> list[tuple[Fault, Candidate]]:
+        """All wrong implementations of one mistake each."""
+        return [(fault, form) for fault in self.mistakes for form in self.forms(fault)]
+
     @cached_property  # there may be hundreds, and a grader needs them for each wrong answer
     def combinations(self) -> list[tuple[tuple[Fault, ...], Candidate]]:
         """All pairs of mistakes on different settings, and a pair that comes often with every third one."""

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from dianlib.checks.running import (
     Batches,
+    Cache,
+    CachedModel,
     Data,
     DecoderParts,
     Foreign,
@@ -76,6 +78,8 @@ SPECIFICATIONS: dict[str, type[Any]] = {
     kind.__name__: kind
     for kind in (
         Batches,
+        Cache,
+        CachedModel,
         Data,
         DecoderParts,
         Foreign,
