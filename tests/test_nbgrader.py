@@ -827,6 +827,7 @@ answers = {
     "table": 4096 * 32,
     "extra work": 1 / 512,
     "weight ratio": None,
+}
 """,
     ),
     "grouped_query.cache_bytes": (
