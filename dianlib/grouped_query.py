@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from dianlib.attention import causal_mask, scaled_dot_product_attention
 from dianlib.multihead import merge_heads, split_heads
+from dianlib.positions import apply_rope
 
 
 def repeat_kv(x: Tensor, n_repeats: int) -> Tensor:
@@ -169,7 +170,7 @@ class LatentAttention(nn.Module):
 
     def kept(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Make what a cache would hold: latent vectors (B, L, C) and rotated keys (B, L, R)."""
-        return self.down(x), _rotate(self.k_rotary(x), positions)
+        return self.down(x), apply_rope(self.k_rotary(x), positions)
 
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
         latent, rotary_key = self.kept(x, positions)
@@ -194,19 +195,11 @@ class LatentAttention(nn.Module):
         self, scores: Tensor, x: Tensor, positions: Tensor, rotary_key: Tensor, mask: Tensor | None
     ) -> Tensor:
         """Add the scores of the rotated parts, (B, H, L, R) with (B, 1, L, R), and normalise."""
-        rotary_query = _rotate(split_heads(self.q_rotary(x), self.n_heads), positions)
+        rotary_query = apply_rope(split_heads(self.q_rotary(x), self.n_heads), positions)
         scores = (scores + rotary_query @ rotary_key.unsqueeze(1).mT) * self.scale
         if mask is not None:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         return scores.softmax(dim=-1)
-
-
-def _rotate(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
-    """Turn neighbouring pairs of (..., L, R) by angles in proportion to the place (Su et al. 2021)."""
-    speeds = base ** -(torch.arange(0, x.shape[-1], 2, dtype=x.dtype) / x.shape[-1])
-    turns = torch.polar(torch.ones((), dtype=x.dtype), positions.unsqueeze(-1) * speeds)
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns).flatten(-2)
 
 
 class TokenModel(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dianlib import grouped_query, multihead
+from dianlib import grouped_query, multihead, positions
 from dianlib.attention import causal_mask, padding_mask
 from dianlib.data import attributes_task
 from dianlib.grouped_query import GroupedQueryAttention, KVCache, TokenModel
@@ -241,7 +241,7 @@ def test_latent_attention_is_multi_head_attention_with_keys_of_two_parts() -> No
     layer, x, places, mask = latent_attention(), randn(4, B, L, D), torch.arange(L), causal_mask(L)
     latent, rotary_key = layer.kept(x, places)
     assert (latent.shape, rotary_key.shape) == ((B, L, 10), (B, L, 4))
-    rotary_query = grouped_query._rotate(multihead.split_heads(layer.q_rotary(x), H), places)
+    rotary_query = positions.apply_rope(multihead.split_heads(layer.q_rotary(x), H), places)
     query = torch.cat([multihead.split_heads(layer.q_proj(x), H), rotary_query], dim=-1)
     shared = rotary_key.unsqueeze(1).expand(-1, H, -1, -1)
     key = torch.cat([multihead.split_heads(layer.k_up(latent), H), shared], dim=-1)
