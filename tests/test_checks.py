@@ -597,7 +597,7 @@ def test_a_probe_is_plain_data() -> None:
         for probe in task.probes(torch.Generator().manual_seed(0)):
             assert isinstance(probe, Probe)
             for value in probe.args.values():
-                plain = isinstance(value, Tensor | int | float | str)
+                plain = isinstance(value, Tensor | int | float | str | None)
                 assert plain or type(value).__module__ == "dianlib.checks.running"
 
 
