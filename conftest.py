@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+# What takes minutes begins first, so that no worker is left alone with it at the end.
+LONG = ("test_checks", "test_nbgrader", "test_mutants", "test_book", "test_hostile", "test_sandbox")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -24,3 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
     folder = tempfile.mkdtemp(prefix="dianlib-progress-")
     os.environ["DIANLIB_PROGRESS"] = str(Path(folder, "progress.json"))
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
