@@ -228,8 +228,8 @@ EQUIVALENT = {
         "key, value = torch.randn(2, 2, 2, 4, 4, generator=generator)": "four keys serve",
     },
     "grouped_query.read_a_claim": {
-        'answers["tokens"] = 2**33 // (of_a_head * n_kv_heads)': "the division leaves no rest",
-        'answers["tokens with 32"] = 2**33 // (of_a_head * n_heads)': "the division leaves no rest",
+        'answers["tokens"] = memory // (of_a_head * n_kv_heads)': "the division leaves no rest",
+        'answers["tokens with 32"] = memory // (of_a_head * n_heads)': "the division leaves no rest",
     },
 }
 
