@@ -17,7 +17,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -286,9 +285,12 @@ def test_all_is_graded_although_a_worker_is_killed(
     first = course.worker("-j", "1", HOME=str(tmp_path / "a"))
     second = course.worker("-j", "2", "--until-empty", HOME=str(tmp_path / "b"))
     with ended(first, second):
-        with ThreadPoolExecutor(2) as two:
-            assert list(two.map(enqueue, [course, course])) == [0, 0]
-        counts = re.findall(r"Put into the queue: (\d+)\. Already there: (\d+)\.", capsys.readouterr().out)
+        # Two instructors ask at the same time. Each of the two has a process, and so a folder, of its own.
+        ask = ("dianlib", "grade", "metrics", "--queue", course.url, "--no-wait")
+        both = [course.start(*ask), course.start(*ask)]
+        said = "".join(process.communicate(timeout=PATIENCE)[0] for process in both)
+        assert [process.returncode for process in both] == [0, 0], said
+        counts = re.findall(r"Put into the queue: (\d+)\. Already there: (\d+)\.", said)
         assert sorted(counts) == [("0", "6"), ("6", "0")]
         assert set(course.jobs()) == SUBMISSIONS
 
