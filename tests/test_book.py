@@ -17,7 +17,7 @@ import yaml
 from booksite import browser as chromium_tools
 from booksite import links, notebooks
 from bs4 import BeautifulSoup
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Page
 
 from dianlib.checks import tasks
 from dianlib.checks.judging import where
@@ -29,11 +29,6 @@ CHINESE = re.compile(r"[\u4e00-\u9fff]")
 
 LARGEST_PAGE = 400_000  # bytes of one HTML file
 LARGEST_SITE = 40_000_000  # bytes of all files, of which MathJax takes about 6.5 million
-
-needs_chromium = pytest.mark.skipif(
-    chromium_tools.chromium_path() is None,
-    reason="Chromium is not installed: install it to test the pages (Debian, Ubuntu: apt install chromium).",
-)
 
 
 def build(source: Path, output: Path) -> subprocess.CompletedProcess[str]:
@@ -61,26 +56,9 @@ def page_names(site: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium_tools.chromium() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
 def address(site: Path) -> Iterator[str]:
     with chromium_tools.served(site) as base:
         yield base
-
-
-@pytest.fixture
-def visit(browser: Browser) -> Iterator[Callable[..., chromium_tools.Visit]]:
-    """Start visits that end with the test."""
-    with contextlib.ExitStack() as stack:
-
-        def start(**settings: object) -> chromium_tools.Visit:
-            return stack.enter_context(contextlib.closing(chromium_tools.Visit(browser, **settings)))
-
-        yield start
 
 
 def toc_files() -> list[str]:
@@ -402,7 +380,6 @@ def formulas(page: Page) -> tuple[int, int]:
     )
 
 
-@needs_chromium
 @pytest.mark.parametrize("origin", ["http", "file"])
 def test_the_book_reads_offline(
     origin: str, site: Path, address: str, page_names: list[str], visit: Callable[..., chromium_tools.Visit]
@@ -426,7 +403,6 @@ def test_the_book_reads_offline(
     assert (reader.left, reader.failed, reader.errors) == ([], [], [])
 
 
-@needs_chromium
 @pytest.mark.parametrize("origin", ["http", "file"])
 @pytest.mark.parametrize(("query", "found"), [("softmax", "glossary.html"), ("准确率", "glossary.html")])
 def test_search_works_offline(
@@ -443,7 +419,6 @@ def test_search_works_offline(
     page.wait_for_function("() => /did not match/.test(document.querySelector('#search-results').innerText)")
 
 
-@needs_chromium
 @pytest.mark.parametrize(
     ("scheme", "rules"), [("light", chromium_tools.ALL_RULES), ("dark", chromium_tools.COLOUR_RULES)]
 )
@@ -464,7 +439,6 @@ def test_axe_finds_nothing(
     assert found == []
 
 
-@needs_chromium
 def test_axe_is_at_work(tmp_path: Path, visit: Callable[..., chromium_tools.Visit]) -> None:
     bad = "<html lang='en'><body><img src='data:,'><p style='color:#bbb'>Pale</p></body></html>"
     (tmp_path / "bad.html").write_text(bad, encoding="utf8")
@@ -476,7 +450,6 @@ def test_axe_is_at_work(tmp_path: Path, visit: Callable[..., chromium_tools.Visi
     assert "serious color-contrast" in colours
 
 
-@needs_chromium
 def test_a_phone_never_scrolls_sideways(
     address: str, page_names: list[str], visit: Callable[..., chromium_tools.Visit]
 ) -> None:
@@ -487,7 +460,6 @@ def test_a_phone_never_scrolls_sideways(
         assert needed <= screen == 390, f"{name} needs {needed} pixels"
 
 
-@needs_chromium
 def test_figures_turn_dark_and_photographs_do_not(
     address: str, visit: Callable[..., chromium_tools.Visit]
 ) -> None:
@@ -503,7 +475,6 @@ def test_figures_turn_dark_and_photographs_do_not(
     assert seen[False] > 0
 
 
-@needs_chromium
 def test_the_front_door_leads_into_the_book(
     site: Path, address: str, visit: Callable[..., chromium_tools.Visit]
 ) -> None:

@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -15,13 +15,6 @@ from dianlib.grouped_query import cache_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "book" / "_static" / "widgets" / "cache-size.js"
-DARK = """html[data-theme=dark] { background: #14181e; color: #ced6dd; --pst-color-text-base: #ced6dd;
-    --pst-color-surface: #222832; --pst-color-border: #8c96a0; --pst-color-primary: #3fb1c5 }"""
-
-needs_chromium = pytest.mark.skipif(
-    chromium_tools.chromium_path() is None,
-    reason="Chromium is not installed: install it to test the pages (Debian, Ubuntu: apt install chromium).",
-)
 
 
 def the_element() -> str:
@@ -52,28 +45,12 @@ def test_key_value_heads_divide_the_query_heads_of_every_model() -> None:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium_tools.chromium() as running:
-        yield running
-
-
-@pytest.fixture
-def visit(browser: Browser) -> Iterator[Callable[..., chromium_tools.Visit]]:
-    with ExitStack() as stack:
-
-        def start(**settings: object) -> chromium_tools.Visit:
-            return stack.enter_context(closing(chromium_tools.Visit(browser, **settings)))
-
-        yield start
-
-
-@pytest.fixture(scope="module")
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("widget") / "page.html"
     path.with_name(SCRIPT.name).write_text(SCRIPT.read_text("utf8"), "utf8")
     path.write_text(
         "<!doctype html><html lang='en'><head><meta charset='utf8'><title>Cache</title>"
-        f"<style>{DARK}</style><script defer src='{SCRIPT.name}'></script></head>"
+        f"<style>{chromium_tools.DARK}</style><script defer src='{SCRIPT.name}'></script></head>"
         f"<body><main><h1>Cache</h1>{the_element()}</main>",
         "utf8",
     )
@@ -97,7 +74,6 @@ def move(page: Page, label: str, value: int) -> None:
     )
 
 
-@needs_chromium
 def test_every_model_and_slider_shows_what_dianlib_computes(
     page_file: Path, visit: Callable[..., chromium_tools.Visit]
 ) -> None:
@@ -128,7 +104,6 @@ def test_every_model_and_slider_shows_what_dianlib_computes(
     assert (reader.left, reader.failed, reader.errors) == ([], [], [])
 
 
-@needs_chromium
 def test_the_sentence_says_it_in_words(page_file: Path, visit: Callable[..., chromium_tools.Visit]) -> None:
     page = visit().open(page_file.as_uri())
     sentence = page.locator("cache-size [aria-live]")
@@ -140,7 +115,6 @@ def test_the_sentence_says_it_in_words(page_file: Path, visit: Callable[..., chr
     assert "4.00 GiB, the whole of what multi-head attention" in sentence.inner_text()
 
 
-@needs_chromium
 def test_the_sliders_are_moved_by_keyboard(
     page_file: Path, visit: Callable[..., chromium_tools.Visit]
 ) -> None:
@@ -157,7 +131,6 @@ def test_the_sliders_are_moved_by_keyboard(
     assert page.evaluate("() => window.reachedThePage") is None
 
 
-@needs_chromium
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_in_the_element(
     scheme: str, page_file: Path, visit: Callable[..., chromium_tools.Visit]
@@ -167,7 +140,6 @@ def test_axe_finds_nothing_in_the_element(
     assert chromium_tools.axe_violations(page, chromium_tools.ALL_RULES) == []
 
 
-@needs_chromium
 def test_without_javascript_the_table_is_read(page_file: Path, browser: Browser) -> None:
     with closing(browser.new_context(java_script_enabled=False)) as context:
         page = context.new_page()

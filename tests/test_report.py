@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from itertools import chain
@@ -28,11 +28,6 @@ from dianlib.grading.records import Flag, Record, TaskRecord, write
 from dianlib.grading.report import ClassView, write_report
 
 Captured = pytest.CaptureFixture[str]
-
-needs_chromium = pytest.mark.skipif(
-    chromium_tools.chromium_path() is None,
-    reason="Chromium is not installed: install it to test the page (Debian, Ubuntu: apt install chromium).",
-)
 
 # ----- a class ---------------------------------------------------------------------------------------------
 
@@ -904,16 +899,9 @@ def test_a_large_class_is_reported_fast_and_small(tmp_path: Path) -> None:
 # ----- in a browser ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium_tools.chromium() as running:
-        yield running
-
-
 UNFOLD = "document.querySelectorAll('details').forEach(details => details.open = true)"
 
 
-@needs_chromium
 @pytest.mark.parametrize("width", [360, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("folder", ["reported", "hostile"])
@@ -932,7 +920,6 @@ def test_everybody_can_read_the_page(
     visit.close()
 
 
-@needs_chromium
 def test_the_page_obeys_the_keyboard(browser: Browser, reported: Path) -> None:
     visit = chromium_tools.Visit(browser)
     page = visit.open(f"{reported.as_uri()}/index.html")
@@ -946,7 +933,6 @@ def test_the_page_obeys_the_keyboard(browser: Browser, reported: Path) -> None:
     visit.close()
 
 
-@needs_chromium
 def test_a_link_to_a_folded_mistake_unfolds_it(
     browser: Browser, students: list[Record], reported: Path
 ) -> None:
@@ -957,7 +943,6 @@ def test_a_link_to_a_folded_mistake_unfolds_it(
     visit.close()
 
 
-@needs_chromium
 def test_on_paper_examples_are_shown_and_ids_are_not(browser: Browser, reported: Path) -> None:
     visit = chromium_tools.Visit(browser, colour_scheme="dark")
     page = visit.open(f"{reported.as_uri()}/index.html")

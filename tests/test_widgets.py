@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +17,7 @@ from dianlib.attention import causal_mask, scaled_dot_product_attention
 from dianlib.widgets import AttentionMap
 
 STATIC = Path(__file__).resolve().parent.parent / "book" / "_static"
-# What the theme sets in dark mode.
-DARK = """html[data-theme=dark] { background: #14181e; color: #ced6dd; --pst-color-text-base: #ced6dd;
-    --pst-color-surface: #222832; --pst-color-border: #8c96a0; --pst-color-primary: #3fb1c5 }"""
 TOKENS = ["the", "cat", "</script>", "坐"]
-
-needs_chromium = pytest.mark.skipif(
-    chromium_tools.chromium_path() is None,
-    reason="Chromium is not installed: install it to test the pages (Debian, Ubuntu: apt install chromium).",
-)
 
 
 def causal_weights(n_heads: int = 2) -> torch.Tensor:
@@ -98,22 +90,6 @@ def test_what_is_no_map_gets_a_sentence(weights: np.ndarray, names: list[str] | 
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium_tools.chromium() as running:
-        yield running
-
-
-@pytest.fixture
-def visit(browser: Browser) -> Iterator[Callable[..., chromium_tools.Visit]]:
-    with ExitStack() as stack:
-
-        def start(**settings: object) -> chromium_tools.Visit:
-            return stack.enter_context(closing(chromium_tools.Visit(browser, **settings)))
-
-        yield start
-
-
-@pytest.fixture(scope="module")
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page of its own, as a file: the script and the style of the book, and the map."""
     path = tmp_path_factory.mktemp("widget") / "page.html"
@@ -123,7 +99,7 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path.with_name("attention-map.js").write_text(script, "utf8")
     path.write_text(
         "<!doctype html><html lang='en'><head><meta charset='utf8'><title>Map</title>"
-        f"<style>{style} {DARK}</style><script defer src='attention-map.js'></script></head>"
+        f"<style>{style} {chromium_tools.DARK}</style><script defer src='attention-map.js'></script></head>"
         f"<body class='bd-content'><main><h1>Map</h1><div class='cell_output'><div class='text_html'>"
         f"{the_map()._repr_html_()}</div></div></main>",
         "utf8",
@@ -154,7 +130,6 @@ def move_slider(page: Page, value: float) -> None:
     )
 
 
-@needs_chromium
 def test_heads_temperature_and_divisor_show_what_dianlib_computes(
     page_file: Path, visit: Callable[..., chromium_tools.Visit]
 ) -> None:
@@ -180,7 +155,6 @@ def test_heads_temperature_and_divisor_show_what_dianlib_computes(
     assert (reader.left, reader.failed, reader.errors) == ([], [], [])
 
 
-@needs_chromium
 def test_the_map_is_read_by_keyboard_and_by_mouse(
     page_file: Path, visit: Callable[..., chromium_tools.Visit]
 ) -> None:
@@ -207,7 +181,6 @@ def test_the_map_is_read_by_keyboard_and_by_mouse(
     assert page.evaluate("() => window.reachedThePage") is None
 
 
-@needs_chromium
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_in_the_map(
     scheme: str, page_file: Path, visit: Callable[..., chromium_tools.Visit]
@@ -217,7 +190,6 @@ def test_axe_finds_nothing_in_the_map(
     assert chromium_tools.axe_violations(page, chromium_tools.ALL_RULES) == []
 
 
-@needs_chromium
 def test_without_javascript_the_tables_are_read(page_file: Path, browser: Browser) -> None:
     with closing(browser.new_context(java_script_enabled=False)) as context:
         page = context.new_page()

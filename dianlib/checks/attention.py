@@ -12,11 +12,11 @@ from dianlib.checks.judging import close
 from dianlib.checks.kinds import (
     DETACHED,
     answer_probes,
+    known_answer,
     randn,
     specimen_probes,
     verdict_faults,
     without_gradient,
-    wrong_answer,
 )
 from dianlib.checks.running import Outcome, Probe
 from dianlib.checks.task import Candidate, Fault, Task
@@ -1620,12 +1620,6 @@ _ANSWERS = {
 }
 
 
-def _known_answer(question: str, value: float, fault_id: str, does: str, todo: str, reread: str) -> Fault:
-    """Make the fault of a wrong answer to one question, whatever the other answers are."""
-    form = {**_ANSWERS, question: value}.get
-    return Fault(fault_id, does, todo, reread, implementations=[form], sign=wrong_answer(question, value))
-
-
 READ_A_HEAT_MAP = Task(
     id="attention.read_a_heat_map",
     signature="answers: a dictionary",
@@ -1649,7 +1643,8 @@ READ_A_HEAT_MAP = Task(
         "row sum: number of columns / number of rows\nhidden: hidden keys / keys\nplaces: 5 + 6 + 7",
     ),
     mistakes=[
-        _known_answer(
+        known_answer(
+            _ANSWERS,
             "standard deviation",
             64.0,
             "sdpa-scale-by-d",
@@ -1657,7 +1652,8 @@ READ_A_HEAT_MAP = Task(
             "The standard deviation is its root.",
             SCALE,
         ),
-        _known_answer(
+        known_answer(
+            _ANSWERS,
             "divisor",
             8.0,
             "divisor-expected-not-read",
@@ -1665,7 +1661,8 @@ READ_A_HEAT_MAP = Task(
             "Read it off the map: the difference of the products, divided by the logarithm of the ratio of the weights.",
             SCALE,
         ),
-        _known_answer(
+        known_answer(
+            _ANSWERS,
             "divisor",
             1 / 16,
             "divisor-turned-round",
@@ -1673,7 +1670,8 @@ READ_A_HEAT_MAP = Task(
             "The learner divided the difference of 32 by this number and got 2.",
             SCALE,
         ),
-        _known_answer(
+        known_answer(
+            _ANSWERS,
             "mean row sum",
             1.0,
             "sdpa-softmax-wrong-axis",
@@ -1681,7 +1679,8 @@ READ_A_HEAT_MAP = Task(
             "Add up the whole map column by column, then share the sum among the rows.",
             ALL_QUERIES,
         ),
-        _known_answer(
+        known_answer(
+            _ANSWERS,
             "mean row sum",
             8 / 6,
             "row-sum-turned-round",
@@ -1689,7 +1688,8 @@ READ_A_HEAT_MAP = Task(
             "The whole map sums to the number of columns, 6; there are 8 rows.",
             ALL_QUERIES,
         ),
-        _known_answer(
+        known_answer(
+            _ANSWERS,
             "hidden weight",
             0.0,
             "mask-minus-1e-9",
@@ -1697,7 +1697,8 @@ READ_A_HEAT_MAP = Task(
             "Equal scores share the weight equally: count the hidden keys.",
             CAUSAL,
         ),
-        _known_answer(
+        known_answer(
+            _ANSWERS,
             "hidden weight",
             0.125,
             "weight-of-one-key",
@@ -1705,7 +1706,8 @@ READ_A_HEAT_MAP = Task(
             "There are two of them.",
             CAUSAL,
         ),
-        _known_answer(
+        known_answer(
+            _ANSWERS,
             "open places",
             6,
             "mask-causal-top-left",
@@ -1713,7 +1715,8 @@ READ_A_HEAT_MAP = Task(
             "The first of them may see 5 keys.",
             CAUSAL,
         ),
-        _known_answer(
+        known_answer(
+            _ANSWERS,
             "open places",
             15,
             "mask-causal-diagonal",
@@ -1721,7 +1724,8 @@ READ_A_HEAT_MAP = Task(
             "Add one for each query.",
             CAUSAL,
         ),
-        _known_answer(
+        known_answer(
+            _ANSWERS,
             "open places",
             21,
             "mask-never-applied",

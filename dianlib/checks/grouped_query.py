@@ -11,11 +11,11 @@ from dianlib import grouped_query
 from dianlib.checks.kinds import (
     DETACHED,
     answer_probes,
+    known_answer,
     randn,
     specimen_probes,
     verdict_faults,
     without_gradient,
-    wrong_answer,
 )
 from dianlib.checks.running import Cache, CachedModel, Outcome, Probe
 from dianlib.checks.task import Candidate, Fault, Task
@@ -1660,12 +1660,6 @@ _CLAIM = {
 }
 
 
-def _known_answer(question: str, value: float, fault_id: str, does: str, todo: str, reread: str) -> Fault:
-    """Make the fault of a wrong answer to one question, whatever the other answers are."""
-    form = {**_CLAIM, question: value}.get
-    return Fault(fault_id, does, todo, reread, implementations=[form], sign=wrong_answer(question, value))
-
-
 READ_CLAIM = Task(
     id="grouped_query.read_a_claim",
     signature="answers: a dictionary",
@@ -1691,7 +1685,8 @@ READ_CLAIM = Task(
         "scores: one for each query head",
     ),
     mistakes=[
-        _known_answer(
+        known_answer(
+            _CLAIM,
             "patterns",
             4.0,
             "gqa-sums-in-group",
@@ -1699,7 +1694,8 @@ READ_CLAIM = Task(
             "Count the softmaxes that this code computes: one for each group.",
             CASE,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIM,
             "patterns",
             1.0,
             "mqa-gqa-definitions-swapped",
@@ -1707,7 +1703,8 @@ READ_CLAIM = Task(
             "Count the groups.",
             CASE,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIM,
             "ceiling",
             0.5,
             "case-guessing-forgotten",
@@ -1715,7 +1712,8 @@ READ_CLAIM = Task(
             "Add the two guessed answers' share, 2/4 times 1/8.",
             CASE,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIM,
             "key-value heads",
             32.0,
             "mqa-gqa-definitions-swapped",
@@ -1723,7 +1721,8 @@ READ_CLAIM = Task(
             "Multi-query attention: many queries, one key-value head.",
             SHARE,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIM,
             "key-value heads",
             8.0,
             "mqa-gqa-definitions-swapped",
@@ -1731,7 +1730,8 @@ READ_CLAIM = Task(
             "Multi-query attention: many queries, one key-value head.",
             SHARE,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIM,
             "bytes per token",
             _TOKEN / 2,
             "kv-bytes-of-keys-only",
@@ -1739,7 +1739,8 @@ READ_CLAIM = Task(
             "A token leaves a key and a value, and a number has two bytes here.",
             PRICE,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIM,
             "bytes per token",
             _TOKEN / 32,
             "kv-bytes-of-one-layer",
@@ -1747,7 +1748,8 @@ READ_CLAIM = Task(
             "Multiply by the number of layers.",
             PRICE,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIM,
             "bytes per token",
             _TOKEN * 4.0,
             "gqa-kv-full-width",
@@ -1755,7 +1757,8 @@ READ_CLAIM = Task(
             "Only the key-value heads leave something behind.",
             PRICE,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIM,
             "tokens",
             8e9 / _TOKEN,
             "kv-gigabyte-is-not-gibibyte",
@@ -1763,7 +1766,8 @@ READ_CLAIM = Task(
             "A GiB has 2**30 bytes.",
             PRICE,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIM,
             "scores",
             8.0,
             "gqa-sums-in-group",

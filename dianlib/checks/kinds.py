@@ -75,6 +75,20 @@ def wrong_answer(question: str, value: float) -> Callable[[Probe, Outcome, Outco
     return sign
 
 
+def known_answer(
+    answers: Mapping[str, float],
+    question: str,
+    value: float,
+    fault_id: str,
+    does: str,
+    todo: str,
+    reread: str,
+) -> Fault:
+    """Make the fault of one wrong value among otherwise right answers; recognise it whatever the others are."""
+    form = {**answers, question: value}.get
+    return Fault(fault_id, does, todo, reread, implementations=[form], sign=wrong_answer(question, value))
+
+
 def verdict_faults(reread: str) -> list[Fault]:
     """Return the two mistakes of a test that does not look at all: it accepts, or rejects, everything."""
     return [

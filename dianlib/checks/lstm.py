@@ -13,11 +13,11 @@ from dianlib.checks.judging import close
 from dianlib.checks.kinds import (
     DETACHED,
     answer_probes,
+    known_answer,
     randn,
     specimen_probes,
     verdict_faults,
     without_gradient,
-    wrong_answer,
 )
 from dianlib.checks.running import Layer, Outcome, Probe, Tensors
 from dianlib.checks.task import Fault, Task
@@ -1656,12 +1656,6 @@ _MEMORY = {
 }
 
 
-def _known_answer(question: str, value: float, fault_id: str, does: str, todo: str, reread: str) -> Fault:
-    """Make the fault of a wrong answer to one question, whatever the other answers are."""
-    form = {**_MEMORY, question: value}.get
-    return Fault(fault_id, does, todo, reread, implementations=[form], sign=wrong_answer(question, value))
-
-
 READ_MEMORY = Task(
     id="lstm.read_a_memory",
     signature="answers: a dictionary",
@@ -1689,7 +1683,8 @@ READ_MEMORY = Task(
         "bias: f = 0.5 ** (1 / 200), then ln(f / (1 - f))\nparameters: 4 blocks against 1, all else equal",
     ),
     mistakes=[
-        _known_answer(
+        known_answer(
+            _MEMORY,
             "kept",
             0.5 / 10,
             "memory-divided-not-raised",
@@ -1697,7 +1692,8 @@ READ_MEMORY = Task(
             "Raise the gate to the power of the number of steps.",
             START,
         ),
-        _known_answer(
+        known_answer(
+            _MEMORY,
             "kept",
             0.5**9,
             "memory-step-off-by-one",
@@ -1705,7 +1701,8 @@ READ_MEMORY = Task(
             "Ten steps multiply by the gate ten times.",
             START,
         ),
-        _known_answer(
+        known_answer(
+            _MEMORY,
             "gate at bias 1",
             1.0,
             "lstm-bias-is-not-the-gate",
@@ -1713,7 +1710,8 @@ READ_MEMORY = Task(
             "Apply the sigmoid: the gate is 1 / (1 + e^-b).",
             START,
         ),
-        _known_answer(
+        known_answer(
+            _MEMORY,
             "gate at bias 1",
             math.tanh(1.0),
             "lstm-gates-not-sigmoid",
@@ -1721,7 +1719,8 @@ READ_MEMORY = Task(
             "Compute 1 / (1 + e^-1).",
             START,
         ),
-        _known_answer(
+        known_answer(
+            _MEMORY,
             "half-life",
             0.5 / (1 - _OPEN_AT_ONE),
             "memory-divided-not-raised",
@@ -1729,7 +1728,8 @@ READ_MEMORY = Task(
             "Solve gate^t = 1/2 for t, with logarithms.",
             START,
         ),
-        _known_answer(
+        known_answer(
+            _MEMORY,
             "bias for 200",
             math.log(200),
             "memory-one-over-e",
@@ -1737,7 +1737,8 @@ READ_MEMORY = Task(
             "Compute the gate first, 0.5^(1/200), and then ln(f / (1 - f)).",
             START,
         ),
-        _known_answer(
+        known_answer(
+            _MEMORY,
             "bias for 200",
             _HALF_IN_200,
             "lstm-bias-is-not-the-gate",
@@ -1745,7 +1746,8 @@ READ_MEMORY = Task(
             "Turn the sigmoid round: b = ln(f / (1 - f)).",
             START,
         ),
-        _known_answer(
+        known_answer(
+            _MEMORY,
             "guessing",
             0.5,
             "memory-guess-of-two",
@@ -1753,7 +1755,8 @@ READ_MEMORY = Task(
             "Count the symbols: all eight are equally frequent.",
             CASE,
         ),
-        _known_answer(
+        known_answer(
+            _MEMORY,
             "more parameters",
             3.0,
             "lstm-blocks-miscounted",

@@ -12,11 +12,11 @@ from dianlib import mlp, training
 from dianlib.checks.kinds import (
     DETACHED,
     answer_probes,
+    known_answer,
     randn,
     specimen_probes,
     verdict_faults,
     without_gradient,
-    wrong_answer,
 )
 from dianlib.checks.running import Batches, Loss, Momentum, Net, Outcome, Parameters, Probe
 from dianlib.checks.task import Fault, Task
@@ -1632,12 +1632,6 @@ _LOGS = {
 }
 
 
-def _known_answer(question: str, value: float, fault_id: str, does: str, todo: str, reread: str) -> Fault:
-    """Make the fault of a wrong answer to one question, whatever the other answers are."""
-    form = {**_LOGS, question: value}.get
-    return Fault(fault_id, does, todo, reread, implementations=[form], sign=wrong_answer(question, value))
-
-
 READ_LOGS = Task(
     id="mlp.read_logs",
     signature="answers: a dictionary",
@@ -1663,7 +1657,8 @@ READ_LOGS = Task(
         "steps: 100 x (60,000 / 64, rounded up)\nparameters: for each layer n_in x n_out + n_out",
     ),
     mistakes=[
-        _known_answer(
+        known_answer(
+            _LOGS,
             "constant answer",
             0.1,
             fault_id="log-classes-believed-equal",
@@ -1671,7 +1666,8 @@ READ_LOGS = Task(
             todo="Use the counts: 1,135 of the 10,000 test images are a 1.",
             reread=NUMBERS,
         ),
-        _known_answer(
+        known_answer(
+            _LOGS,
             "nan on mnist",
             0.1,
             fault_id="nan-argmax-class-0",
@@ -1679,7 +1675,8 @@ READ_LOGS = Task(
             todo="argmax of NaN is class 0, and 980 of the 10,000 test images are a 0.",
             reread=NUMBERS,
         ),
-        _known_answer(
+        known_answer(
+            _LOGS,
             "floor for 100 classes",
             math.log(1 + 9 / math.e),
             fault_id="loss-double-softmax",
@@ -1687,7 +1684,8 @@ READ_LOGS = Task(
             todo="Put C = 100 into -ln(e / (e + C - 1)).",
             reread=NUMBERS,
         ),
-        _known_answer(
+        known_answer(
+            _LOGS,
             "floor for 100 classes",
             math.log(1 + 100 / math.e),
             fault_id="log-floor-class-counted-twice",
@@ -1695,7 +1693,8 @@ READ_LOGS = Task(
             todo="Only the 99 other classes have e^0 = 1: divide by e + 99.",
             reread=NUMBERS,
         ),
-        _known_answer(
+        known_answer(
+            _LOGS,
             "first loss",
             math.log2(10),
             fault_id="ce-log-base",
@@ -1703,7 +1702,8 @@ READ_LOGS = Task(
             todo="Cross-entropy uses the natural logarithm.",
             reread=ENTROPY,
         ),
-        _known_answer(
+        known_answer(
+            _LOGS,
             "steps",
             93_700,
             fault_id="log-last-batch-forgotten",
@@ -1711,7 +1711,8 @@ READ_LOGS = Task(
             todo="Round 60,000 / 64 up: the short batch is a step, too.",
             reread=LOOP,
         ),
-        _known_answer(
+        known_answer(
+            _LOGS,
             "steps",
             93_750,
             fault_id="log-last-batch-forgotten",
@@ -1719,7 +1720,8 @@ READ_LOGS = Task(
             todo="Round 60,000 / 64 up: the short batch is a whole step.",
             reread=LOOP,
         ),
-        _known_answer(
+        known_answer(
+            _LOGS,
             "parameters",
             135_680,
             fault_id="log-biases-forgotten",

@@ -11,11 +11,11 @@ from dianlib import multihead
 from dianlib.checks.kinds import (
     DETACHED,
     answer_probes,
+    known_answer,
     randn,
     specimen_probes,
     verdict_faults,
     without_gradient,
-    wrong_answer,
 )
 from dianlib.checks.running import Outcome, Probe
 from dianlib.checks.task import Fault, Task
@@ -1326,12 +1326,6 @@ _CLAIMS = {
 }
 
 
-def _known_answer(question: str, value: float, fault_id: str, does: str, todo: str, reread: str) -> Fault:
-    """Make the fault of a wrong answer to one question, whatever the other answers are."""
-    form = {**_CLAIMS, question: value}.get
-    return Fault(fault_id, does, todo, reread, implementations=[form], sign=wrong_answer(question, value))
-
-
 READ_CLAIMS = Task(
     id="multihead.read_claims",
     signature="answers: a dictionary",
@@ -1357,7 +1351,8 @@ READ_CLAIMS = Task(
         "flat: sqrt(256) / sqrt(32); mean: 1 of 8 heads\nfull width: 8 matrices of 256 by 256 against 8 of 256 by 32",
     ),
     mistakes=[
-        _known_answer(
+        known_answer(
+            _CLAIMS,
             "weights of the class",
             3 * 8 * 32 * 32,
             "claims-layers-counted-per-head",
@@ -1365,7 +1360,8 @@ READ_CLAIMS = Task(
             "Count what stands in __init__: three layers of 32 by 32.",
             CASE,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIMS,
             "weights of the class",
             4 * 32 * 32,
             "claims-output-counted",
@@ -1373,7 +1369,8 @@ READ_CLAIMS = Task(
             "Count three layers.",
             CASE,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIMS,
             "weights of the paper",
             4 * 256 * 256,
             "claims-output-counted",
@@ -1381,7 +1378,8 @@ READ_CLAIMS = Task(
             "Count three layers.",
             READINGS,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIMS,
             "weights of the paper",
             3 * 256 * 32,
             "count-one-head",
@@ -1389,7 +1387,8 @@ READ_CLAIMS = Task(
             "There are eight heads: 8 times 256 by 32.",
             READINGS,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIMS,
             "weights of the paper",
             3 * 8 * 256 * 256,
             "mha-full-width-heads",
@@ -1397,7 +1396,8 @@ READ_CLAIMS = Task(
             "In the paper a head is D / H wide.",
             READINGS,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIMS,
             "heads that change",
             8,
             "claims-slice-seen-by-all",
@@ -1405,7 +1405,8 @@ READ_CLAIMS = Task(
             "Follow columns 0 to 31 through the reshape.",
             CASE,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIMS,
             "heads that should change",
             1,
             "claims-slice-seen-by-one",
@@ -1413,7 +1414,8 @@ READ_CLAIMS = Task(
             "Project first, then cut.",
             READINGS,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIMS,
             "too flat",
             8.0,
             "claims-root-forgotten",
@@ -1421,7 +1423,8 @@ READ_CLAIMS = Task(
             "Compute sqrt(256) / sqrt(32).",
             MATHS,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIMS,
             "too flat",
             1 / math.sqrt(8),
             "claims-factor-turned",
@@ -1429,7 +1432,8 @@ READ_CLAIMS = Task(
             "Turn the fraction round.",
             MATHS,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIMS,
             "too flat",
             math.sqrt(32),
             "claims-root-of-the-head",
@@ -1437,7 +1441,8 @@ READ_CLAIMS = Task(
             "Divide the wrong divisor by the right one.",
             MATHS,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIMS,
             "mean of a sharp head",
             1.0,
             "claims-mean-shows-a-head",
@@ -1445,7 +1450,8 @@ READ_CLAIMS = Task(
             "Divide by the number of heads.",
             LEARN,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIMS,
             "full width",
             1.0,
             "mha-full-width-heads",
@@ -1453,7 +1459,8 @@ READ_CLAIMS = Task(
             "Compare 8 of 256 by 256 with 8 of 256 by 32.",
             READINGS,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIMS,
             "full width",
             64.0,
             "claims-width-counted-twice",

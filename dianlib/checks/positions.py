@@ -11,11 +11,11 @@ from dianlib.checks.judging import close
 from dianlib.checks.kinds import (
     DETACHED,
     answer_probes,
+    known_answer,
     randn,
     specimen_probes,
     verdict_faults,
     without_gradient,
-    wrong_answer,
 )
 from dianlib.checks.running import Outcome, Probe
 from dianlib.checks.task import Fault, Task
@@ -1572,12 +1572,6 @@ _CLAIMS = {
 }
 
 
-def _known_answer(question: str, value: float, fault_id: str, does: str, todo: str, reread: str) -> Fault:
-    """Make the fault of a wrong answer to one question, whatever the other answers are."""
-    form = {**_CLAIMS, question: value}.get
-    return Fault(fault_id, does, todo, reread, implementations=[form], sign=wrong_answer(question, value))
-
-
 READ_CLAIMS = Task(
     id="positions.read_claims",
     signature="answers: a dictionary",
@@ -1611,7 +1605,8 @@ READ_CLAIMS = Task(
         "work: 4 products for each of D/2 pairs, of q and of k, against 4 * D * D\nratio: e^(slope * difference of distances)",
     ),
     mistakes=[
-        _known_answer(
+        known_answer(
+            _CLAIMS,
             "slowest wavelength",
             10000 ** (62 / 64),
             "claims-no-full-turn",
@@ -1619,7 +1614,8 @@ READ_CLAIMS = Task(
             "Multiply by 2 pi.",
             FREQUENCIES,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIMS,
             "slowest wavelength",
             2 * math.pi * 10000,
             "claims-last-pair",
@@ -1627,7 +1623,8 @@ READ_CLAIMS = Task(
             "Take i = 31, so the exponent 2i/d is 62/64.",
             FREQUENCIES,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIMS,
             "slowest wavelength",
             2 * math.pi * 10000 ** (31 / 64),
             "rope-frequency-wrong",
@@ -1635,7 +1632,8 @@ READ_CLAIMS = Task(
             "Pair i turns by 10000^(-2i/64), with i = 31.",
             FREQUENCIES,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIMS,
             "score of (5, 2)",
             math.cos(7),
             "rope-key-rotated-backwards",
@@ -1643,7 +1641,8 @@ READ_CLAIMS = Task(
             "Turn both the same way; the product of two unit vectors is the cosine of the difference.",
             WRONG,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIMS,
             "score of (5, 2)",
             math.cos(math.radians(3)),
             "claims-degrees",
@@ -1651,7 +1650,8 @@ READ_CLAIMS = Task(
             "Angles are in radians: a place is 1 radian for the first pair.",
             ROTARY,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIMS,
             "table",
             4096 * 64,
             "rope-frequency-per-column",
@@ -1659,7 +1659,8 @@ READ_CLAIMS = Task(
             "A width of 64 has 32 pairs.",
             PAIRS,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIMS,
             "table",
             4096 * 32 * 32,
             "rope-table-per-layer",
@@ -1667,7 +1668,8 @@ READ_CLAIMS = Task(
             "Angles depend on the place only: one table serves all layers and heads.",
             ROTARY,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIMS,
             "table",
             0,
             "rope-cannot-be-precomputed",
@@ -1675,7 +1677,8 @@ READ_CLAIMS = Task(
             "Count an angle for each place and each pair.",
             ROTARY,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIMS,
             "extra work",
             0.5,
             "rope-costs-more",
@@ -1683,7 +1686,8 @@ READ_CLAIMS = Task(
             "A pair takes 4 products, so a query of D numbers takes 2 D, not D times D.",
             ROTARY,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIMS,
             "extra work",
             2 / 512,
             "claims-two-projections",
@@ -1691,7 +1695,8 @@ READ_CLAIMS = Task(
             "Divide 4 D products by 4 times D times D.",
             ROTARY,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIMS,
             "extra work",
             1 / 1024,
             "claims-half-the-products",
@@ -1699,7 +1704,8 @@ READ_CLAIMS = Task(
             "A pair takes four products: two with the cosine, two with the sine. Keys are rotated as well.",
             ROTARY,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIMS,
             "weight ratio",
             2.0,
             "claims-bias-not-a-weight",
@@ -1707,7 +1713,8 @@ READ_CLAIMS = Task(
             "Compute e^2.",
             ALIBI,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIMS,
             "weight ratio",
             math.exp(-2),
             "alibi-rewards-distance",

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from dianlib import rnn
 from dianlib.checks.kinds import (
     answer_probes,
+    known_answer,
     randn,
     specimen_probes,
     verdict_faults,
     without_gradient,
-    wrong_answer,
 )
 from dianlib.checks.running import Outcome, Parameters, Probe, Recurrent
 from dianlib.checks.task import Fault, Task
@@ -1873,12 +1873,6 @@ _CLAIMS = {
 }
 
 
-def _known_answer(question: str, value: float, fault_id: str, does: str, todo: str, reread: str) -> Fault:
-    """Make the fault of a wrong answer to one question, whatever the other answers are."""
-    form = {**_CLAIMS, question: value}.get
-    return Fault(fault_id, does, todo, reread, implementations=[form], sign=wrong_answer(question, value))
-
-
 READ_CLAIMS = Task(
     id="rnn.read_claims",
     signature="answers: a dictionary",
@@ -1904,7 +1898,8 @@ READ_CLAIMS = Task(
         "clip factor: bound / norm\nrate: multiply the divisors of all 30 epochs",
     ),
     mistakes=[
-        _known_answer(
+        known_answer(
+            _CLAIMS,
             "time steps",
             28,
             fault_id="rnn-image-as-one-step",
@@ -1912,7 +1907,8 @@ READ_CLAIMS = Task(
             todo="Subtract the state from the layer's input, and ask how many such pieces an image has.",
             reread=FALSE,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIMS,
             "parameters",
             28 * 28 * 128 + 128 * 128 + 128 + 128 + 128 * 10 + 10,
             fault_id="claims-image-for-a-row",
@@ -1920,7 +1916,8 @@ READ_CLAIMS = Task(
             todo="Use F = 28: the weights do not grow with the number of steps.",
             reread=MODULE,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIMS,
             "parameters",
             28 * (28 * 128 + 128 * 128 + 128 + 128) + 128 * 10 + 10,
             fault_id="claims-weights-for-each-step",
@@ -1928,7 +1925,8 @@ READ_CLAIMS = Task(
             todo="All steps share one set of weights: count it once.",
             reread=UNROLL,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIMS,
             "parameters",
             28 * 128 + 128 * 128 + 128 * 10,
             fault_id="log-biases-forgotten",
@@ -1936,7 +1934,8 @@ READ_CLAIMS = Task(
             todo="Add two biases of the cell and one of the output layer.",
             reread=MODULE,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIMS,
             "answers given",
             1,
             fault_id="claims-one-answer",
@@ -1944,7 +1943,8 @@ READ_CLAIMS = Task(
             todo="Ask how many classes have to be right, in whole or in part, for 19 %.",
             reread=CASE,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIMS,
             "reach",
             0.8**28,
             fault_id="claims-steps-between",
@@ -1952,7 +1952,8 @@ READ_CLAIMS = Task(
             todo="Count the steps between, not the rows.",
             reread=DISTANCE,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIMS,
             "clip factor",
             40 / 5,
             fault_id="clip-wrong-factor",
@@ -1960,7 +1961,8 @@ READ_CLAIMS = Task(
             todo="The factor is the bound divided by the norm.",
             reread=CLIP,
         ),
-        _known_answer(
+        known_answer(
+            _CLAIMS,
             "rate divided by",
             3,
             fault_id="rnn-compounding-lr-decay",

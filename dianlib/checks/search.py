@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dianlib import search
-from dianlib.checks.kinds import answer_probes, specimen_probes, verdict_faults, wrong_answer
+from dianlib.checks.kinds import answer_probes, known_answer, specimen_probes, verdict_faults
 from dianlib.checks.running import Data, Outcome, Probe, Trial
 from dianlib.checks.task import Fault, Task
 
@@ -1324,12 +1324,6 @@ _STUDY = {
 }
 
 
-def _known_answer(question: str, value: float, fault_id: str, does: str, todo: str, reread: str) -> Fault:
-    """Make the fault of a wrong answer to one question, whatever the other answers are."""
-    form = {**_STUDY, question: value}.get
-    return Fault(fault_id, does, todo, reread, implementations=[form], sign=wrong_answer(question, value))
-
-
 READ_A_STUDY = Task(
     id="search.read_a_study",
     signature="answers: a dictionary",
@@ -1358,7 +1352,8 @@ READ_A_STUDY = Task(
         "updates: epochs x (60,000 / 640, rounded up)\nparameters: for each layer n_in x n_out + n_out",
     ),
     mistakes=[
-        _known_answer(
+        known_answer(
+            _STUDY,
             "networks",
             10,
             fault_id="hp-space-key-mismatch",
@@ -1366,7 +1361,8 @@ READ_A_STUDY = Task(
             todo="Compare the names in the search space with the names in the program, letter by letter.",
             reread=CASE,
         ),
-        _known_answer(
+        known_answer(
+            _STUDY,
             "trials by the sampler",
             10,
             fault_id="study-startup-trials-forgotten",
@@ -1374,7 +1370,8 @@ READ_A_STUDY = Task(
             todo="Look at the number of startup trials: with 20 of them, the first ten are all random.",
             reread=RANDOM,
         ),
-        _known_answer(
+        known_answer(
+            _STUDY,
             "denominator",
             10_000,
             fault_id="table-claim-believed",
@@ -1382,7 +1379,8 @@ READ_A_STUDY = Task(
             todo="Try the mean over 313 batches.",
             reread=DIGITS,
         ),
-        _known_answer(
+        known_answer(
+            _STUDY,
             "denominator",
             10_048,
             fault_id="study-wrong-batch-size",
@@ -1390,7 +1388,8 @@ READ_A_STUDY = Task(
             todo="Count the batches of 32 in 10,000 images, the short one too, and multiply by 32.",
             reread=DIGITS,
         ),
-        _known_answer(
+        known_answer(
+            _STUDY,
             "standard errors",
             (0.982285 - 0.978901) / math.sqrt(0.982285 * (1 - 0.982285) / 10_000),
             fault_id="hp-single-run-differences",
@@ -1398,7 +1397,8 @@ READ_A_STUDY = Task(
             todo="Add the two variances before you take the root.",
             reread=LUCK,
         ),
-        _known_answer(
+        known_answer(
+            _STUDY,
             "standard errors",
             0.982285 - 0.978901,
             fault_id="study-difference-not-divided",
@@ -1406,7 +1406,8 @@ READ_A_STUDY = Task(
             todo="Divide it by its standard error, the luck that is usual for a difference.",
             reread=LUCK,
         ),
-        _known_answer(
+        known_answer(
+            _STUDY,
             "updates",
             18_760,
             fault_id="prose-batch-size-verdict",
@@ -1414,7 +1415,8 @@ READ_A_STUDY = Task(
             todo="Divide 60,000 by 640, round up, and multiply by the epochs.",
             reread=BATCH,
         ),
-        _known_answer(
+        known_answer(
+            _STUDY,
             "updates",
             1_875,
             fault_id="log-last-batch-forgotten",
@@ -1422,7 +1424,8 @@ READ_A_STUDY = Task(
             todo="Round 60,000 / 640 up: each epoch has 94 updates.",
             reread=BATCH,
         ),
-        _known_answer(
+        known_answer(
+            _STUDY,
             "updates",
             1_860,
             fault_id="log-last-batch-forgotten",
@@ -1430,7 +1433,8 @@ READ_A_STUDY = Task(
             todo="Round 60,000 / 640 up: each epoch has 94 updates.",
             reread=BATCH,
         ),
-        _known_answer(
+        known_answer(
+            _STUDY,
             "parameters",
             136_074 + 3 * 256 * 256,
             fault_id="depths-biases-forgotten",
@@ -1438,7 +1442,8 @@ READ_A_STUDY = Task(
             todo="A layer from 256 to 256 has 256 x 256 weights and 256 biases.",
             reread=DEPTH,
         ),
-        _known_answer(
+        known_answer(
+            _STUDY,
             "parameters",
             136_074,
             fault_id="hp-depth-confounded-with-width",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dianlib import seq2seq
-from dianlib.checks.kinds import answer_probes, randn, specimen_probes, verdict_faults, wrong_answer
+from dianlib.checks.kinds import answer_probes, known_answer, randn, specimen_probes, verdict_faults
 from dianlib.checks.running import DecoderParts, NextToken, Outcome, Probe
 from dianlib.checks.task import Fault, Task
 
@@ -1672,12 +1672,6 @@ _ANSWERS = {
 }
 
 
-def _known_answer(question: str, value: float, fault_id: str, does: str, todo: str, reread: str) -> Fault:
-    """Make the fault of a wrong answer to one question, whatever the other answers are."""
-    form = {**_ANSWERS, question: value}.get
-    return Fault(fault_id, does, todo, reread, implementations=[form], sign=wrong_answer(question, value))
-
-
 READ_A_LOG = Task(
     id="seq2seq.read_a_log",
     signature="answers: a dictionary",
@@ -1702,7 +1696,8 @@ READ_A_LOG = Task(
         "sentences: 0.98 to the power of 12\ncalls: the longest sentence and its end token",
     ),
     mistakes=[
-        _known_answer(
+        known_answer(
+            _ANSWERS,
             "first loss",
             math.log2(36),
             fault_id="ce-log-base",
@@ -1710,7 +1705,8 @@ READ_A_LOG = Task(
             todo="Cross-entropy uses the natural logarithm.",
             reread=LOSS,
         ),
-        _known_answer(
+        known_answer(
+            _ANSWERS,
             "loss per token",
             0.84,
             fault_id="loss-mean-over-padded-length",
@@ -1718,7 +1714,8 @@ READ_A_LOG = Task(
             todo="Multiply by the number of positions to get the sum, and divide by the 512 real tokens.",
             reread=LOSS,
         ),
-        _known_answer(
+        known_answer(
+            _ANSWERS,
             "loss per token",
             0.84 * 512 / (64 * 20),
             fault_id="loss-share-turned-round",
@@ -1726,7 +1723,8 @@ READ_A_LOG = Task(
             todo="Divide by this share.",
             reread=LOSS,
         ),
-        _known_answer(
+        known_answer(
+            _ANSWERS,
             "weight on padding",
             0.0,
             fault_id="attn-pads-attended",
@@ -1734,7 +1732,8 @@ READ_A_LOG = Task(
             todo="Equal scores get equal weights: count the padded positions among the 20.",
             reread=MASK,
         ),
-        _known_answer(
+        known_answer(
+            _ANSWERS,
             "weight on padding",
             6 / 20,
             fault_id="weight-of-the-words",
@@ -1742,7 +1741,8 @@ READ_A_LOG = Task(
             todo="The padding has the rest.",
             reread=MASK,
         ),
-        _known_answer(
+        known_answer(
+            _ANSWERS,
             "sentences right",
             0.98,
             fault_id="token-accuracy-for-sentences",
@@ -1750,7 +1750,8 @@ READ_A_LOG = Task(
             todo="Multiply the twelve probabilities.",
             reread=GREEDY,
         ),
-        _known_answer(
+        known_answer(
+            _ANSWERS,
             "decoder calls",
             17,
             fault_id="decode-rows-one-by-one",
@@ -1758,7 +1759,8 @@ READ_A_LOG = Task(
             todo="Count the steps until the last row has ended.",
             reread=GREEDY,
         ),
-        _known_answer(
+        known_answer(
+            _ANSWERS,
             "decoder calls",
             9,
             fault_id="decode-end-token-not-counted",
@@ -1766,7 +1768,8 @@ READ_A_LOG = Task(
             todo="Add one call for the end token of the longest sentence.",
             reread=GREEDY,
         ),
-        _known_answer(
+        known_answer(
+            _ANSWERS,
             "decoder calls",
             20,
             fault_id="decode-rows-one-by-one",

@@ -24,6 +24,9 @@ FLAGS = (
 )
 ALL_RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
 COLOUR_RULES = ["color-contrast", "link-in-text-block"]
+# What the theme sets in dark mode, for a page made of an element alone.
+DARK = """html[data-theme=dark] { background: #14181e; color: #ced6dd; --pst-color-text-base: #ced6dd;
+    --pst-color-surface: #222832; --pst-color-border: #8c96a0; --pst-color-primary: #3fb1c5 }"""
 
 
 def chromium_path() -> str | None:
