@@ -64,7 +64,7 @@ def train(
     """Train a fully connected network and return it.
 
     Adam follows one cycle: its rate rises to ``lr`` in the first fifth of all steps and falls to nearly 0
-    (Smith and Topin 2018, arXiv:1708.07120); with ``plain`` it is SGD at one constant rate. With
+    (Smith and Topin 2017, arXiv:1708.07120); with ``plain`` it is SGD at one constant rate. With
     ``shift`` each batch is moved by up to that many pixels in each direction. ``report`` gets the number of
     each epoch and the validation accuracy after it.
     """
