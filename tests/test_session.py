@@ -373,7 +373,7 @@ READ = tasks()["metrics.read_a_table"]
 RIGHT = {
     probe.args["question"]: outcome.values["result"]
     for bench in [Bench(READ, 1)]
-    for probe, outcome in zip(bench.probes, bench.right[0], strict=False)
+    for probe, outcome in zip(bench.probes, bench.right, strict=False)
 }
 
 
