@@ -958,6 +958,20 @@ def submission(slug: str, changed: dict[str, str]) -> NotebookNode:
     return notebook
 
 
+BUTTONS = """
+import sys
+from pathlib import Path
+from dianlib.grading.driver import Course
+
+course = Course(Path.cwd())
+for slug in sys.argv[1:]:
+    done = [course.api.generate_assignment(slug)]
+    done += [course.api.autograde(slug, student) for student in course.submitted(slug)]
+    done += [course.api.generate_feedback(slug)]
+    assert all(result["success"] for result in done), done
+"""
+
+
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A home without anybody's settings; nbgrader starts further programs, so its folder is on PATH."""
@@ -976,13 +990,14 @@ def course(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]
         (folder / "solutions" / slug).mkdir(parents=True)
         shutil.copy(ROOT / "solutions" / slug / f"{slug}.ipynb", folder / "solutions" / slug)
 
-    def nbgrader(*arguments: str) -> None:
-        command = [str(SCRIPTS / "nbgrader"), *arguments]
+    def run(command: list[str]) -> None:
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
+    def nbgrader(*arguments: str) -> None:
+        run([str(SCRIPTS / "nbgrader"), *arguments])
+
     for slug in CHAPTERS:
-        nbgrader("generate_assignment", slug)
         handed_in = {
             "perfect": submission(slug, {}),
             "blank": read("exercises", slug),
@@ -994,8 +1009,12 @@ def course(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]
             path = folder / "submitted" / student / slug / f"{slug}.ipynb"
             path.parent.mkdir(parents=True)
             nbformat.write(notebook, path)
-        nbgrader("autograde", slug)
-        nbgrader("generate_feedback", slug)
+    # Some as at a terminal, with a program for each step; the others as formgrader's buttons do it, in one
+    # process, which takes minutes less.
+    for slug in CHAPTERS[:2]:
+        for step in ("generate_assignment", "autograde", "generate_feedback"):
+            nbgrader(step, slug)
+    run([sys.executable, "-c", BUTTONS, *CHAPTERS[2:]])
     nbgrader("export")
     return folder
 
