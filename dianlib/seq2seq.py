@@ -148,9 +148,9 @@ class Decoder(nn.Module):
         """
         embedded, projected = self.embedding(inputs), self.key(keys)
         outputs, all_weights = [], []
-        for t in range(inputs.shape[1]):
+        for token in embedded.unbind(dim=1):  # an index [:, t] makes backward quadratic in L
             context, weights = self.attend(state, keys, mask, projected)
-            state = self.cell(torch.cat([embedded[:, t], context], dim=-1), state)
+            state = self.cell(torch.cat([token, context], dim=-1), state)
             outputs.append(torch.cat([state, context], dim=-1))
             all_weights.append(weights)
         return self.readout(torch.stack(outputs, dim=1)), torch.stack(all_weights, dim=1)
