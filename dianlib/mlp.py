@@ -60,7 +60,7 @@ def sgd_step(parameters: Iterable[Tensor], lr: float) -> None:
 
 
 class MLP(nn.Module):
-    """A chain of linear layers with ReLU between them; the output are logits.
+    """A chain of linear layers with ReLU between them; its outputs are logits.
 
     ``MLP([784, 128, 256, 10])`` maps inputs of 784 numbers each to (B, 10); images,
     (B, 28, 28) for example, are flattened. Raises ValueError for fewer than two sizes

@@ -622,7 +622,7 @@ def _lost_or_made_layers(probe: Probe, got: Outcome, wanted: Outcome) -> bool:
 
 
 def _calls_differ(got: Outcome) -> bool:
-    first, second = got.values.get("result"), got.values.get("result of call 2")
+    first, second = got.values.get("result"), got.values.get("result of the second call")
     return first is not None and not close(second, first)
 
 
@@ -1678,9 +1678,9 @@ READ_MEMORY = Task(
     is_value=True,
     hints=(
         "If a gate keeps the share f in one step, which share does it keep in t steps?",
-        "f^t is left after t steps, and f = 1 / (1 + e^-b) for a bias b. Turned round: f = share^(1/t), and b = ln(f / (1 - f)).",
-        "kept: 0.5 ** 10\ngate: 1 / (1 + exp(-1)); half-life: ln(0.5) / ln(gate)\n"
-        "bias: f = 0.5 ** (1 / 200), then ln(f / (1 - f))\nparameters: 4 blocks against 1, all else equal",
+        "f^t is left after t steps, and f = 1 / (1 + e^-b) for a bias b. Turned round: f = share^(1/t), and b = log(f / (1 - f)).",
+        "kept: 0.5 ** 10\ngate: 1 / (1 + exp(-1)); half-life: log(0.5) / log(gate)\n"
+        "bias: f = 0.5 ** (1 / 200), then log(f / (1 - f))\nparameters: 4 blocks against 1, all else equal",
     ),
     mistakes=[
         known_answer(
@@ -1733,8 +1733,8 @@ READ_MEMORY = Task(
             "bias for 200",
             math.log(200),
             "memory-one-over-e",
-            "The bias ln(200) leaves about 1/e = 37 % after 200 steps, not half.",
-            "Compute the gate first, 0.5^(1/200), and then ln(f / (1 - f)).",
+            "The bias log(200) leaves about 1/e = 37 % after 200 steps, not half.",
+            "Compute the gate first, 0.5^(1/200), and then log(f / (1 - f)).",
             START,
         ),
         known_answer(
@@ -1743,7 +1743,7 @@ READ_MEMORY = Task(
             _HALF_IN_200,
             "lstm-bias-is-not-the-gate",
             "This is the gate that you need, not the bias.",
-            "Turn the sigmoid round: b = ln(f / (1 - f)).",
+            "Turn the sigmoid round: b = log(f / (1 - f)).",
             START,
         ),
         known_answer(

@@ -900,8 +900,8 @@ def _second_call_differs(probe: Probe, got: Outcome, wanted: Outcome) -> bool:
         and any(
             not math.isclose(float(value), float(got.values[name]), rel_tol=1e-6, abs_tol=1e-9)
             for again, value in got.values.items()
-            if again.startswith("result of call 2[")
-            and (name := again.replace("result of call 2", "result")) in got.values
+            if again.startswith("result of the second call[")
+            and (name := again.replace("result of the second call", "result")) in got.values
             and isinstance(value, int | float)
             and not math.isnan(float(value))
         )

@@ -564,7 +564,7 @@ def _linear_in_logits(form: str) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _capped_by_epsilon(probe: Probe, got: Outcome, wanted: Outcome) -> bool:
-    """A loss that stops at -ln(epsilon) where it should be about 800, and is otherwise right there."""
+    """A loss that stops at -log(epsilon) where it should be about 800, and is otherwise right there."""
     value = got.values.get("result")
     if probe.name != "confident and wrong" or not isinstance(value, Tensor) or value.dim() != 0:
         return False
@@ -643,7 +643,7 @@ CROSS_ENTROPY = Task(
             settings=[{"reduction": "sum"}],
         ),
         _wrong_formula(
-            "A small number inside the logarithm caps the loss: a confident wrong answer costs no more than -ln(epsilon).",
+            "A small number inside the logarithm caps the loss: a confident wrong answer costs no more than -log(epsilon).",
             "Use log softmax in one step, which needs no epsilon: z - max z - log(sum of exp(z - max z)).",
             settings=[{"inside": 10.0**-power} for power in (5, 6, 7, 8, 9, 10, 12, 15)],
             sign=_capped_by_epsilon,
@@ -655,7 +655,7 @@ CROSS_ENTROPY = Task(
         ),
         Fault(
             "loss-double-softmax",
-            "Softmax is applied twice. For C classes the loss cannot fall below -ln(e / (e + C - 1)), which is 1.4612 for ten.",
+            "Softmax is applied twice. For C classes the loss cannot fall below -log(e / (e + C - 1)), which is 1.4612 for ten.",
             "Pass logits on; apply softmax, or log softmax, once.",
             NUMBERS,
             settings=[{"softmaxes": 2}],
@@ -1086,7 +1086,7 @@ class _FaultyMLP(nn.Module):
 
 
 def _lost_layers(probe: Probe, got: Outcome, wanted: Outcome) -> bool:
-    first, second = got.values.get("result"), got.values.get("result of call 2")
+    first, second = got.values.get("result"), got.values.get("result of the second call")
     unstable = isinstance(first, Tensor) and isinstance(second, Tensor) and not torch.equal(first, second)
     count = got.values.get("number of parameters")
     return count == 0 or (unstable and count != wanted.values.get("number of parameters"))
@@ -1653,7 +1653,7 @@ READ_LOGS = Task(
         "Each number of a log can be predicted before the run. Which counts do you need for each question?",
         "argmax over a row of NaN gives 0. Twice softmax gives at best the row (e, 1, ..., 1) divided by its sum. "
         "The last batch of an epoch may be short, and it is a step as well.",
-        "always 1: 1,135 of 10,000; all NaN: the share of digit 0\nfloor: -ln(e / (e + C - 1)); first loss: -ln(1/10)\n"
+        "always 1: 1,135 of 10,000; all NaN: the share of digit 0\nfloor: -log(e / (e + C - 1)); first loss: -log(1/10)\n"
         "steps: 100 x (60,000 / 64, rounded up)\nparameters: for each layer n_in x n_out + n_out",
     ),
     mistakes=[
@@ -1681,7 +1681,7 @@ READ_LOGS = Task(
             math.log(1 + 9 / math.e),
             fault_id="loss-double-softmax",
             does="1.4612 is the floor for ten classes.",
-            todo="Put C = 100 into -ln(e / (e + C - 1)).",
+            todo="Put C = 100 into -log(e / (e + C - 1)).",
             reread=NUMBERS,
         ),
         known_answer(

@@ -811,7 +811,7 @@ def _call(
             with _watch(forbidden) as used_now:
                 result = _follow(call, probe.steps, made) if probe.steps else call(*objects)
             used += used_now
-            outcome.values |= _leaves(result, "result" if number == 0 else f"result of call {number + 1}")
+            outcome.values |= _leaves(result, ("result", "result of the second call")[number])
         outcome.random = not torch.equal(torch.get_rng_state(), state)
     finally:
         outcome.used = tuple(dict.fromkeys(used))

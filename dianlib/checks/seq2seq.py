@@ -1692,7 +1692,7 @@ READ_A_LOG = Task(
         "Which counts does each number hang on: of real tokens, of positions, of tokens in a sentence?",
         "A sum of losses stays the same whatever you divide it by. Equal scores share the weight equally. A sentence is right when all "
         "of its tokens are. The end token is chosen by a call, too.",
-        "first loss: -ln(1/36)\nloss per token: 0.84 x 64 x 20 / 512\nweight: pads / positions\n"
+        "first loss: -log(1/36)\nloss per token: 0.84 x 64 x 20 / 512\nweight: pads / positions\n"
         "sentences: 0.98 to the power of 12\ncalls: the longest sentence and its end token",
     ),
     mistakes=[
