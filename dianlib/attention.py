@@ -1,8 +1,8 @@
 """Scaled dot-product attention and its masks.
 
-Letters: B sequences in a batch, L tokens of D numbers in each; Q queries and S keys of d numbers, v numbers
-in each value; dots stand for any leading dimensions. A mask is True where a query may attend. Source:
-Vaswani et al. 2017, section 3.2.1.
+Letters: B sequences in a batch; L tokens of D numbers, or L queries where there are S keys; d numbers in a
+query or key, v in a value; dots stand for any leading dimensions. A mask is True where a query may attend.
+Source: Vaswani et al. 2017, section 3.2.1.
 """
 
 import math
@@ -22,7 +22,7 @@ def attention_one_query(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 def scaled_dot_product_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, need_weights: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """Look up all queries: (..., Q, d), (..., S, d), (..., S, v) -> output (..., Q, v), weights (..., Q, S).
+    """Look up all queries: (..., L, d), (..., S, d), (..., S, v) -> output (..., L, v), weights (..., L, S).
 
     ``mask`` is bool and broadcasts to the weights. A query that may attend to nothing gets weights and an
     output of 0. Without ``need_weights`` torch's fused kernel does the work, and the weights are None.

@@ -309,12 +309,12 @@ def lookup_task(
     *,
     generator: Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Make lists of items, and questions that ask for every field, each time of another item.
+    """Make lists of items, and questions that ask for every field, each time of any item.
 
     Returns questions (N, n_questions, n_fields * n_items), items (N, n_items, n_items + n_fields * n_values),
     both float32, and targets (N, n_questions, n_fields) int64. An item is its name and the values of its
     fields, one-hot side by side. A question names one item for each field, drawn at random; the target is
-    that item's value of the field. So one look at one item cannot answer it. Raises ValueError for a number
+    that item's value of the field. So one look at one item seldom answers it. Raises ValueError for a number
     below 1.
     """
     if min(n_samples, n_questions, n_items, n_fields, n_values) < 1:

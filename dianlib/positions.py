@@ -1,6 +1,6 @@
 """Four ways to tell attention where a token stands: added waves, a learned table, rotation, and biases.
 
-Letters: L places, D the width of the model, H heads of d = D / H numbers, Q queries and S keys; dots
+Letters: L places, or queries where there are S keys, D the width of the model, H heads of d = D / H; dots
 stand for any leading dimensions. Where there are fewer queries than keys, the queries are the last ones,
 as when earlier keys come from a cache.
 """
@@ -116,13 +116,13 @@ def alibi_slopes(n_heads: int) -> Tensor:
 
 
 def distances(n_queries: int, n_keys: int) -> Tensor:
-    """Return how many places each key stands after its query, negative before it: -> (Q, S) int64."""
+    """Return how many places each key stands after its query, negative before it: -> (L, S) int64."""
     places = torch.arange(n_keys)
     return places - places[n_keys - n_queries :].unsqueeze(1)
 
 
 def alibi_bias(n_heads: int, n_queries: int, n_keys: int) -> Tensor:
-    """Make a penalty for distance, to add to the scaled scores: -> (H, Q, S), 0 or below.
+    """Make a penalty for distance, to add to the scaled scores: -> (H, L, S), 0 or below.
 
     Head h loses its slope for every place between query and key, on both sides.
     """
@@ -130,14 +130,14 @@ def alibi_bias(n_heads: int, n_queries: int, n_keys: int) -> Tensor:
 
 
 def relative_scores(query: Tensor, key: Tensor, table: Tensor) -> Tensor:
-    """Score keys by content and by distance: (..., Q, d), (..., S, d), table (2R + 1, d) -> (..., Q, S).
+    """Score keys by content and by distance: (..., L, d), (..., S, d), table (2R + 1, d) -> (..., L, S).
 
     The score is query . (key + row) / sqrt(d), where the row R + r of the table belongs to a key that stands
     r places after the query (before it: r < 0), and distances beyond R share the outermost row of their side
     (Shaw, Uszkoreit and Vaswani 2018, section 3).
     """
     reach = len(table) // 2
-    rows = distances(query.shape[-2], key.shape[-2]).clamp(-reach, reach) + reach  # (Q, S)
-    by_distance = query @ table.T  # (..., Q, 2R + 1): one product for each row, and then a look-up
+    rows = distances(query.shape[-2], key.shape[-2]).clamp(-reach, reach) + reach  # (L, S)
+    by_distance = query @ table.T  # (..., L, 2R + 1): one product for each row, and then a look-up
     rows = rows.to(table.device).expand(*by_distance.shape[:-1], -1)
     return (query @ key.transpose(-2, -1) + by_distance.gather(-1, rows)) / math.sqrt(query.shape[-1])

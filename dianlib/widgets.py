@@ -17,7 +17,7 @@ from dianlib.plotting import text_heat_map
 class AttentionMap:
     """A map of attention weights to look around in: one head or several, with a slider for the temperature.
 
-    ``weights`` is (Q, S), or (H, Q, S) for H heads: rows are queries, columns are keys, and each row sums to
+    ``weights`` is (L, S), or (H, L, S) for H heads: rows are queries, columns are keys, and each row sums to
     1, or to 0 where a query may attend to nothing. ``tokens`` names the queries, and the keys too unless
     ``keys`` names those. ``head_names`` names the heads ("head 0", ... otherwise). ``head_dim`` is d, and
     ``d_model`` the width of the model: with them the reader can undo the division of the scores, or divide

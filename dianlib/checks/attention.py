@@ -769,7 +769,7 @@ SDPA = Task(
         "Which axis of the scores belongs to the keys, and what must a row of weights sum to, with a mask and without?",
         "Scores Q K^T / sqrt(d), a very low number where the mask is False, softmax over the last axis, weighted sum of the values. "
         "A query that may attend to nothing gets weights of 0.",
-        "scores = query @ key with its last two axes exchanged / sqrt(d)   # (..., Q, S)\n"
+        "scores = query @ key with its last two axes exchanged / sqrt(d)   # (..., L, S)\n"
         "if there is a mask: where it is False, scores = the lowest number of this dtype\n"
         "weights = softmax(scores) over the last axis\nif there is a mask: where it is False, weights = 0\n"
         "return weights @ value, weights",
@@ -789,7 +789,7 @@ SDPA = Task(
         Fault(
             "sdpa-feature-attention",
             "Your matrix compares the numbers inside the tokens, (d, d): features attend to features.",
-            "Compare positions: Q K^T has shape (Q, S).",
+            "Compare positions: Q K^T has shape (L, S).",
             ALL_QUERIES,
             implementations=[_of_features],
         ),
@@ -1140,7 +1140,7 @@ PADDING_MASK = Task(
         ),
         Fault(
             "mask-shape",
-            "The shape is not (B, 1, 1, S). The mask would not broadcast to weights of shape (B, H, Q, S), or hide queries in place of keys.",
+            "The shape is not (B, 1, 1, S). The mask would not broadcast to weights of shape (B, H, L, S), or hide queries in place of keys.",
             "Put two axes of length 1 between the batch and the keys.",
             PADDING,
             settings=[

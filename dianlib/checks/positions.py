@@ -1160,7 +1160,7 @@ ALIBI_BIAS = Task(
         Fault(
             "alibi-heads-last",
             "The heads stand on the last axis.",
-            "Return (H, Q, S): the bias is added to scores (B, H, Q, S).",
+            "Return (H, L, S): the bias is added to scores (B, H, L, S).",
             ALIBI,
             settings=[{"axes": "heads last"}],
         ),
@@ -1221,7 +1221,7 @@ def _relative_twin(
         rows = torch.where(rows < 0, rows % len(table), rows.clamp(max=len(table) - 1))
     elif beyond == "modulo":
         rows = rows % len(table)
-    vectors = table[rows.clamp(0, len(table) - 1)]  # (Q, S, d)
+    vectors = table[rows.clamp(0, len(table) - 1)]  # (L, S, d)
     if beyond == "nothing":
         vectors = vectors * inside.unsqueeze(-1)
     if side == "query":
@@ -1289,7 +1289,7 @@ RELATIVE_SCORES = Task(
         "The table has five rows. Which of them belongs to the key one place before the query, and which to a key nine places before it?",
         "For r = place of the key - place of the query, cut to -R ... R, take row R + r, and score query . (key + row) / sqrt(d). "
         "The queries are the last of the keys.",
-        "R = len(table) // 2\nr[i, j] = j - (S - Q + i), clamped to -R and R\n"
+        "R = len(table) // 2\nr[i, j] = j - (S - L + i), clamped to -R and R\n"
         "score[i, j] = query[i] . (key[j] + table[R + r[i, j]]) / sqrt(d)",
     ),
     mistakes=[
@@ -1324,7 +1324,7 @@ RELATIVE_SCORES = Task(
         Fault(
             "relative-aligned-to-the-start",
             "With fewer queries than keys you count the queries from place 0.",
-            "The queries are the last ones: query i stands at place S - Q + i.",
+            "The queries are the last ones: query i stands at place S - L + i.",
             RELATIVE,
             settings=[{"aligned": "start"}],
         ),
