@@ -1327,7 +1327,7 @@ DECODE = Task(
         "Read the prompt once, with a causal mask and the places 0 to L - 1; then one token at a time, at the places L, L + 1, and so on, "
         "with the same cache.",
         "cache = model.new_cache(); new = prompt; place = 0\nrepeat n_new times:\n    logits = model(new, places of new, causal mask for new, cache)\n"
-        "    new = argmax of the logits at the last token, as a column\n    put it behind the tokens\nreturn prompt and new tokens",
+        "    place = place + length of new\n    new = argmax of the logits at the last token, as a column\n    put it behind the tokens\nreturn prompt and new tokens",
     ),
     mistakes=[
         Fault(
