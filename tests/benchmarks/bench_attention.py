@@ -1,24 +1,22 @@
 """Attention beside torch's own layer: one pass forwards and backwards, with weights and without.
 
-All have the same weights and the same sequences, and run in turn, in one process and one thread; seconds are
-those of the processor. The ratio of each round is taken by itself; the median over the rounds is compared
-with the target. Where nobody asks for the weights, attention in a multi-head layer may take no longer than
-nn.MultiheadAttention, and on long sequences the fused function has to beat the formula of the textbook.
+All have the same weights and the same sequences. Where nobody asks for the weights, attention in a multi-head
+layer may take no longer than nn.MultiheadAttention, and on long sequences the fused function has to beat the
+formula of the textbook.
 """
 
 from collections.abc import Callable
-from statistics import median
-from time import process_time
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from in_turn import in_turn
 from torch import Tensor, nn
 
 from dianlib.attention import scaled_dot_product_attention
 from dianlib.multihead import MultiHeadAttention, merge_heads, split_heads
 
-ROUNDS = 9
 # Batch, tokens, width, heads: short sentences, and long ones.
 SHAPES = {"short": (64, 32, 128, 4), "long": (8, 512, 256, 8)}
 
@@ -66,35 +64,12 @@ def test_a_pass_forwards_and_backwards(
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], atol=1e-5, rtol=1e-4)
 
-    def seconds(layer: Callable[[Tensor], Tensor]) -> float:
-        started = process_time()
+    def one_pass(layer: Callable[[Tensor], Tensor]) -> None:
         layer(x).square().mean().backward()
-        return process_time() - started
 
-    taken: dict[str, list[float]] = {name: [] for name in layers}
-
-    def one_round() -> None:
-        # The order turns, so that nobody always follows the same other.
-        names = list(layers)
-        turn = len(taken["dianlib"]) % len(names)
-        for name in names[turn:] + names[:turn]:
-            taken[name].append(seconds(layers[name]))
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more of them would wait for each other, and for other work on the computer
-    try:
-        benchmark.pedantic(one_round, rounds=ROUNDS, warmup_rounds=1)
-    finally:
-        torch.set_num_threads(threads)
-    ratios = {
-        name: median(ours / other for ours, other in zip(taken["dianlib"][1:], times[1:], strict=True))
-        for name, times in taken.items()
-    }
-    benchmark.extra_info.update({f"ours / {name}": round(ratio, 3) for name, ratio in ratios.items()})
-    with capsys.disabled():
-        print(f"\n\nattention, batch {n}, {length} tokens, width {width}, {n_heads} heads, one thread")
-        for name, times in taken.items():
-            print(f"{name:>22}: {1000 * median(times[1:]):7.1f} ms  ours takes {ratios[name]:.2f} x")
+    title = f"attention, batch {n}, {length} tokens, width {width}, {n_heads} heads"
+    trials = {name: partial(one_pass, layer) for name, layer in layers.items()}
+    ratios = in_turn(benchmark, capsys, title, trials, rounds=9)
     theirs = ratios["nn.MultiheadAttention"]
     assert theirs <= 1.05, f"ours takes {theirs:.2f} x"  # 1, and 0.05 for the noise of the computer
     if shape == "long":

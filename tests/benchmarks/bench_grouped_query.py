@@ -1,25 +1,23 @@
 """One token of grouped-query attention: queries below each other, torch's own sharing, and repeated keys.
 
-All have the same numbers, and run in turn, in one process and one thread; seconds are those of the processor.
-The ratio of each round is taken by itself; the median over the rounds is compared with the target. Decoding
-reads the whole cache for every token, so a way that copies it first pays for the copy at every token. The
-last benchmark writes with a whole model, with a cache and without.
+All have the same numbers. Decoding reads the whole cache for every token, so a way that copies it first pays
+for the copy at every token. The last benchmark writes with a whole model, with a cache and without.
 """
 
 from collections.abc import Callable
-from statistics import median
-from time import process_time
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from in_turn import in_turn
 from torch import Tensor
 from torch.nn import functional as F
 
 from dianlib.attention import causal_mask
 from dianlib.grouped_query import TokenModel, grouped_attention, repeat_kv
 
-ROUNDS, HEADS, HEAD_DIM = 15, 8, 64
+HEADS, HEAD_DIM = 8, 64
 # Batch, new tokens, all tokens, calls a round.
 SHAPES = {
     "decode, 1,024 tokens": (1, 1, 1024, 20),
@@ -49,29 +47,6 @@ WAYS: dict[str, Attention] = {
 }
 
 
-def in_turn(benchmark: Any, trials: dict[str, Callable[[], object]], calls: int) -> dict[str, list[float]]:
-    """Time all trials round by round; the order turns, so that nobody always follows the same other."""
-    taken: dict[str, list[float]] = {name: [] for name in trials}
-
-    def one_round() -> None:
-        names = list(trials)
-        turn = len(taken[names[0]]) % len(names)
-        for name in names[turn:] + names[:turn]:
-            started = process_time()
-            for _ in range(calls):
-                trials[name]()
-            taken[name].append((process_time() - started) / calls)
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more of them would wait for each other, and for other work on the computer
-    try:
-        with torch.no_grad():
-            benchmark.pedantic(one_round, rounds=ROUNDS, warmup_rounds=1)
-    finally:
-        torch.set_num_threads(threads)
-    return {name: times[1:] for name, times in taken.items()}
-
-
 @pytest.mark.parametrize("n_kv_heads", [2, 1])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sharing_keys(
@@ -85,19 +60,15 @@ def test_sharing_keys(
     key, value = (part[:, :n_kv_heads].contiguous() for part in (full_key, full_value))
     mask = causal_mask(length, n_tokens) if length > 1 else None
     trials: dict[str, Callable[[], object]] = {
-        name: (lambda way=way: way(query, key, value, mask)) for name, way in WAYS.items()
+        name: partial(way, query, key, value, mask) for name, way in WAYS.items()
     }
-    trials["multi-head"] = lambda: grouped_attention(query, full_key, full_value, mask)
-    taken = in_turn(benchmark, trials, calls)
-    ratios = {
-        name: median(ours / other for ours, other in zip(taken["dianlib"], times, strict=True))
-        for name, times in taken.items()
-    }
-    benchmark.extra_info.update({f"ours / {name}": round(ratio, 3) for name, ratio in ratios.items()})
-    with capsys.disabled():
-        print(f"\n\n{shape}, {HEADS} heads on {n_kv_heads}, one thread")
-        for name, times in taken.items():
-            print(f"{name:>14}: {1e3 * median(times):8.3f} ms  ours takes {ratios[name]:.2f} x")
+    results = [trial() for trial in trials.values()]
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0])
+    trials["multi-head"] = partial(grouped_attention, query, full_key, full_value, mask)
+    title = f"{shape}, {HEADS} heads on {n_kv_heads}"
+    with torch.no_grad():
+        ratios = in_turn(benchmark, capsys, title, trials, rounds=15, calls=calls)
     # Not slower than torch's own sharing, in this much noise, and faster than a copy where a cache is read.
     assert ratios["enable_gqa"] <= 1.1
     if length == 1:
@@ -111,15 +82,12 @@ def test_a_token_with_a_cache(benchmark: Any, n_kv_heads: int, capsys: pytest.Ca
     model = TokenModel(100, HEADS * HEAD_DIM, HEADS, n_kv_heads, n_layers=2, max_length=600)
     tokens, places, mask = torch.zeros(1, 512, dtype=torch.int64), torch.arange(512), causal_mask(512)
     cache = model.new_cache()
-    with torch.no_grad():
-        model(tokens, places, mask, cache)
     trials: dict[str, Callable[[], object]] = {
         "with a cache": lambda: model(tokens[:, :1], torch.tensor([512]), None, cache),
         "without": lambda: model(tokens, places, mask),
     }
-    taken = in_turn(benchmark, trials, calls=1)
-    ratio = median(b / a for a, b in zip(taken["with a cache"], taken["without"], strict=True))
-    benchmark.extra_info["without / with a cache"] = round(ratio, 1)
-    with capsys.disabled():
-        print(f"\n\ntoken 513 of a model with {n_kv_heads} key-value heads: without a cache {ratio:.0f} x")
-    assert ratio > 5
+    title = f"token 513 of a model with {n_kv_heads} key-value heads"
+    with torch.no_grad():
+        model(tokens, places, mask, cache)
+        ratios = in_turn(benchmark, capsys, title, trials, rounds=15)
+    assert ratios["without"] < 1 / 5

@@ -1,23 +1,20 @@
 """One training pass of the LSTM and the GRU: ours, torch's own layers, and two slower ways to write them.
 
-All have the same weights and the same sequences, and run in turn, in one process and one thread; seconds are
-those of the processor. The ratio of each round is taken by itself; the median over the rounds is compared
-with the target. torch computes an LSTM on a processor with one fused kernel for the whole sequence, which
-Python cannot match on short, narrow sequences; its GRU is a loop of products like ours.
+All have the same weights and the same sequences. torch computes an LSTM on a processor with one fused kernel
+for the whole sequence, which Python cannot match on short, narrow sequences; its GRU is a loop of products
+like ours.
 """
 
-from collections.abc import Callable
-from statistics import median
-from time import process_time
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from in_turn import in_turn
 from torch import Tensor, nn
 
 from dianlib import lstm
 
-ROUNDS = 9
 # Batch, steps, inputs, hidden size: rows of an image, and a longer, wider sequence.
 SHAPES = {"short": (64, 28, 28, 128), "long": (64, 100, 64, 256)}
 # How many times torch's seconds ours may take; on this shape, in this much noise.
@@ -57,40 +54,16 @@ def test_a_pass_forwards_and_backwards(
     n, steps, n_in, hidden_size = SHAPES[shape]
     models = contenders(kind, n_in, hidden_size)
     xs = torch.randn(n, steps, n_in, generator=torch.Generator().manual_seed(0))
+    results = [model(xs)[0] for model in models.values()]
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0])
 
-    def seconds(model: nn.Module) -> Callable[[], float]:
-        def once() -> float:
-            started = process_time()
-            model(xs)[0].square().mean().backward()
-            model.zero_grad()
-            return process_time() - started
+    def one_pass(model: nn.Module) -> None:
+        model(xs)[0].square().mean().backward()
+        model.zero_grad()
 
-        return once
-
-    trials = {name: seconds(model) for name, model in models.items()}
-    taken: dict[str, list[float]] = {name: [] for name in trials}
-
-    def one_round() -> None:
-        # The order turns, so that nobody always follows the same other.
-        names = list(trials)
-        turn = len(taken["dianlib"]) % len(names)
-        for name in names[turn:] + names[:turn]:
-            taken[name].append(trials[name]())
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more of them would wait for each other, and for other work on the computer
-    try:
-        benchmark.pedantic(one_round, rounds=ROUNDS, warmup_rounds=1)
-    finally:
-        torch.set_num_threads(threads)
-    ratios = {
-        name: median(ours / other for ours, other in zip(taken["dianlib"][1:], times[1:], strict=True))
-        for name, times in taken.items()
-    }
-    benchmark.extra_info.update({f"ours / {name}": round(ratio, 3) for name, ratio in ratios.items()})
-    with capsys.disabled():
-        print(f"\n\n{kind}, batch {n}, {steps} steps, {n_in} inputs, {hidden_size} units, one thread")
-        for name, times in taken.items():
-            print(f"{name:>22}: {1000 * median(times[1:]):7.1f} ms  ours takes {ratios[name]:.2f} x")
+    title = f"{kind}, batch {n}, {steps} steps, {n_in} inputs, {hidden_size} units"
+    trials = {name: partial(one_pass, model) for name, model in models.items()}
+    ratios = in_turn(benchmark, capsys, title, trials, rounds=9)
     limit = LIMITS[kind, shape]
     assert ratios[f"nn.{kind}"] <= limit, f"ours takes {ratios[f'nn.{kind}']:.2f} x, limit {limit}"

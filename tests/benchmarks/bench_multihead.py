@@ -1,23 +1,20 @@
 """One training pass of multi-head attention: ours, torch's own layer, and heads one after the other.
 
-All have the same weights and the same sequences, and run in turn, in one process and one thread; seconds are
-those of the processor. The ratio of each round is taken by itself; the median over the rounds is compared
-with the target.
+All have the same weights and the same sequences.
 """
 
 from collections.abc import Callable
-from statistics import median
-from time import process_time
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from in_turn import in_turn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dianlib.multihead import MultiHeadAttention
 
-ROUNDS = 9
 # Batch, tokens, width, heads.
 SHAPES = {"short": (64, 32, 128, 4), "long": (16, 256, 128, 8)}
 LIMIT = 1.0  # how many times torch's seconds ours may take
@@ -58,33 +55,13 @@ def test_a_pass_forwards_and_backwards(
     outputs = [call() for _, call in calls.values()]
     for output in outputs[1:]:
         torch.testing.assert_close(output, outputs[0], rtol=1e-4, atol=1e-5)
-    taken: dict[str, list[float]] = {name: [] for name in calls}
 
-    def one_round() -> None:
-        # The order turns, so that nobody always follows the same other.
-        names = list(calls)
-        turn = len(taken["dianlib"]) % len(names)
-        for name in names[turn:] + names[:turn]:
-            module, call = calls[name]
-            started = process_time()
-            call().square().mean().backward()
-            module.zero_grad()
-            taken[name].append(process_time() - started)
+    def one_pass(module: nn.Module, call: Callable[[], Tensor]) -> None:
+        call().square().mean().backward()
+        module.zero_grad()
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more of them would wait for each other, and for other work on the computer
-    try:
-        benchmark.pedantic(one_round, rounds=ROUNDS, warmup_rounds=1)
-    finally:
-        torch.set_num_threads(threads)
-    ratios = {
-        name: median(ours / other for ours, other in zip(taken["dianlib"][1:], times[1:], strict=True))
-        for name, times in taken.items()
-    }
-    benchmark.extra_info.update({f"ours / {name}": round(ratio, 3) for name, ratio in ratios.items()})
-    with capsys.disabled():
-        print(f"\n\nbatch {n}, {length} tokens, width {width}, {n_heads} heads, one thread")
-        for name, times in taken.items():
-            print(f"{name:>22}: {1000 * median(times[1:]):7.1f} ms  ours takes {ratios[name]:.2f} x")
+    title = f"batch {n}, {length} tokens, width {width}, {n_heads} heads"
+    trials = {name: partial(one_pass, *call) for name, call in calls.items()}
+    ratios = in_turn(benchmark, capsys, title, trials, rounds=9)
     ratio = ratios["nn.MultiheadAttention"]
     assert ratio <= LIMIT, f"ours takes {ratio:.2f} x, limit {LIMIT}"

@@ -1,23 +1,20 @@
 """Forwards and backwards through time: our layer, torch's own, and the loop that indexes its inputs.
 
-All have the same weights and read the same sequences, in turn, in one process and one thread, and seconds
-are those of the processor. The ratio of each round is taken by itself; the median over the rounds is
-compared with the target.
+All have the same weights and read the same sequences.
 """
 
 from collections.abc import Callable
-from statistics import median
-from time import process_time
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from in_turn import in_turn
 from torch import Tensor, nn
 
 from dianlib.rnn import RNN
 
-ROUNDS, REPEATS = 15, 5
-OURS, TORCH, INDEXED = "dianlib", "nn.RNN", "inputs[:, t] in the loop"
+TORCH, INDEXED = "nn.RNN", "inputs[:, t] in the loop"
 # How many times the other's time ours may take at most.
 TARGETS = {TORCH: 1.15, INDEXED: 0.8}
 # Samples, steps, inputs and state numbers: Fashion-MNIST by rows, and a longer sequence.
@@ -45,36 +42,16 @@ def test_forwards_and_backwards(
     torch.testing.assert_close(ours(xs), theirs(xs)[0])
     torch.testing.assert_close(ours(xs), indexed(ours, xs))
     layers: dict[str, Callable[[], Tensor]] = {
-        OURS: lambda: ours(xs),
+        "dianlib": lambda: ours(xs),
         TORCH: lambda: theirs(xs)[0],
         INDEXED: lambda: indexed(ours, xs),
     }
-    times: dict[str, list[float]] = {name: [] for name in layers}
 
-    def one_round() -> None:
-        # The order turns, so that nobody always follows the same other.
-        turn = len(times[OURS]) % len(layers)
-        names = list(layers)
-        for name in names[turn:] + names[:turn]:
-            started = process_time()
-            for _ in range(REPEATS):
-                layers[name]()[:, -1].sum().backward()
-            times[name].append((process_time() - started) / REPEATS)
+    def one_pass(layer: Callable[[], Tensor]) -> None:
+        layer()[:, -1].sum().backward()
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        benchmark.pedantic(one_round, rounds=ROUNDS, warmup_rounds=1)
-    finally:
-        torch.set_num_threads(threads)
-    ratios = {
-        name: median(a / b for a, b in zip(times[OURS][1:], times[name][1:], strict=True)) for name in TARGETS
-    }
-    benchmark.extra_info.update({f"ours / {name}": round(ratio, 3) for name, ratio in ratios.items()})
-    with capsys.disabled():
-        print(f"\n\nforwards and backwards, {n} x {n_steps} x {n_inputs}, state {n_hidden}, one thread")
-        for name, values in times.items():
-            target = f"ours takes {ratios[name]:.2f} x, target {TARGETS[name]}" if name in TARGETS else ""
-            print(f"{name:>26}: {1000 * median(values[1:]):7.1f} ms  {target}")
+    title = f"forwards and backwards, {n} x {n_steps} x {n_inputs}, state {n_hidden}"
+    trials = {name: partial(one_pass, layer) for name, layer in layers.items()}
+    ratios = in_turn(benchmark, capsys, title, trials, rounds=15, calls=5)
     missed = [name for name, target in TARGETS.items() if ratios[name] > target]
     assert not missed, f"target missed against {', '.join(missed)}: {ratios}"
