@@ -38,7 +38,7 @@ def _task(task_id: str) -> "Task":
     return known[task_id]
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=256)
 def _bench(task_id: str, seed: int) -> "Bench":
     """Keep the probes of a task and seed: a second check of the same task costs the candidate's time only."""
     from dianlib.checks.judging import Bench

@@ -60,6 +60,8 @@ def _number(value: Any) -> float | None:
 
 def close(got: Any, wanted: Any) -> bool:
     """Compare two leaves by value. Not-a-number equals not-a-number: a mistake may consist of it."""
+    if isinstance(got, Tensor) and isinstance(wanted, Tensor) and wanted.dim() > 0:
+        return _close_tensors(got, wanted)
     if isinstance(got, Foreign) or isinstance(wanted, Foreign):
         return bool(got == wanted)
     a, b = _number(got), _number(wanted)
@@ -68,22 +70,23 @@ def close(got: Any, wanted: Any) -> bool:
         if isinstance(wanted, int):  # a count is right or wrong: 10,049 is not 10,048
             return isclose(a, b, rel_tol=1e-9)
         return same_special or isclose(a, b, rel_tol=RELATIVE, abs_tol=ABSOLUTE)
-    if not isinstance(got, Tensor) or not isinstance(wanted, Tensor) or got.shape != wanted.shape:
+    return isinstance(got, Tensor) and isinstance(wanted, Tensor) and _close_tensors(got, wanted)
+
+
+def _close_tensors(got: Tensor, wanted: Tensor) -> bool:
+    if got.shape != wanted.shape:
         return False
     if got.is_complex() or wanted.is_complex():
-        return bool(torch.equal(got, wanted))
+        return torch.equal(got, wanted)
     return allclose(got.double(), wanted.double(), rtol=RELATIVE, atol=ABSOLUTE, equal_nan=True)
 
 
 def same(got: Outcome, wanted: Outcome) -> bool:
     """Tell whether two calls did the same, whatever it was: numbers, an exception, a cut graph."""
-    return (
-        got.error == wanted.error
-        and got.detached == wanted.detached
-        and got.changed == wanted.changed
-        and got.values.keys() >= wanted.values.keys()
-        and all(close(got.values[name], wanted.values[name]) for name in wanted.values)
-    )
+    if got.error != wanted.error or got.detached != wanted.detached or got.changed != wanted.changed:
+        return False
+    found = got.values
+    return all(name in found and close(found[name], value) for name, value in wanted.values.items())
 
 
 def _kind_problem(name: str, got: Any, wanted: Any) -> str:
@@ -219,6 +222,7 @@ class Bench:
         self.task = task
         with usual_surroundings():
             self.probes = task.probes(torch.Generator().manual_seed(seed))
+        self._calls = [*self.probes, self.probes[0]]  # as run_all makes them
         self.right = run_all(task.reference, self.probes)
         self._kept: dict[Candidate, list[Outcome]] = {}
 
@@ -238,6 +242,15 @@ class Bench:
 
     def diagnose(self, outcomes: list[Outcome], wanted: list[Outcome]) -> Diagnosis:
         """Name what explains the outcomes: one mistake, else several together, else a sign, else nothing."""
+        # Calls that only raise are no evidence: there has to be a number somewhere.
+        raises_only = all(got.error for got in outcomes)
+        if not raises_only and (found := self._explanation(outcomes)):
+            return found
+        rows = list(zip(self._calls, outcomes, wanted, strict=True))
+        signed = {f.id: f for f in self.task.mistakes if f.sign and any(_ask(f.sign, *row) for row in rows)}
+        return Diagnosis(tuple(signed.values()), apart=True)
+
+    def _explanation(self, outcomes: list[Outcome]) -> Diagnosis | None:
         single = [fault for fault, form in self.task.singles if self._explains(form, outcomes)]
         if single:
             return Diagnosis(tuple({fault.id: fault for fault in single}.values()))
@@ -246,25 +259,16 @@ class Bench:
             for faults, form in self.task.combinations
             if self._explains(form, outcomes)
         ]
-        if several:
-            # Where several combinations fit, only what they have in common is certain.
-            common = set.intersection(*(set(faults) for faults in several))
-            return Diagnosis(
-                tuple(several[0][name] for name in several[0] if name in common), len(common) > 1
-            )
-        rows = list(zip([*self.probes, self.probes[0]], outcomes, wanted, strict=True))
-        signed = {f.id: f for f in self.task.mistakes if f.sign and any(_ask(f.sign, *row) for row in rows)}
-        return Diagnosis(tuple(signed.values()), apart=True)
+        if not several:
+            return None
+        # Where several combinations fit, only what they have in common is certain.
+        common = set.intersection(*(set(faults) for faults in several))
+        return Diagnosis(tuple(several[0][name] for name in several[0] if name in common), len(common) > 1)
 
     def _explains(self, form: Candidate, outcomes: list[Outcome]) -> bool:
-        """Tell whether a wrong implementation does the same on every probe; it runs only as far as needed.
-
-        Two calls that only raise are no evidence: there has to be a number somewhere.
-        """
-        if all(got.error for got in outcomes):
-            return False
+        """Tell whether a wrong implementation does the same on every probe; it runs only as far as needed."""
         kept = self._kept.setdefault(form, [])
-        for number, (probe, got) in enumerate(zip([*self.probes, self.probes[0]], outcomes, strict=True)):
+        for number, (probe, got) in enumerate(zip(self._calls, outcomes, strict=True)):
             if number == len(kept):
                 kept.append(run(form, probe))
             if not same(got, kept[number]):

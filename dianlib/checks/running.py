@@ -447,8 +447,13 @@ def _next_token(scores: Tensor) -> Any:
     return step
 
 
-def _leaves(value: Any, name: str) -> dict[str, Any]:
+MAX_DEPTH = 20  # of lists in lists: no task asks for more than three
+
+
+def _leaves(value: Any, name: str, depth: int = 0) -> dict[str, Any]:
     """Flatten what a candidate returned into named tensors and numbers."""
+    if depth > MAX_DEPTH:
+        return {name: Foreign(type(value).__name__)}
     match value:
         case None:
             return {}
@@ -467,12 +472,12 @@ def _leaves(value: Any, name: str) -> dict[str, Any]:
         case tuple() | list():
             found = {f"{name} (number of parts)": len(value)}
             for index, part in enumerate(value[:100]):
-                found |= _leaves(part, f"{name}[{index}]")
+                found |= _leaves(part, f"{name}[{index}]", depth + 1)
             return found
         case dict():
             found = {}  # further keys than the wanted ones do no harm
             for key, part in list(value.items())[:100]:
-                found |= _leaves(part, f"{name}[{key!r}]")
+                found |= _leaves(part, f"{name}[{key!r}]", depth + 1)
             return found or {name: Foreign("dict")}
         case _ if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
             return {name: value.item()}
@@ -883,7 +888,9 @@ def describe(error: BaseException) -> str:
         text = type(error).__name__
     if len(text) > 300:
         text = text[:300] + " ..."
-    own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    # The last hundred frames tell enough; a recursion without end leaves a thousand.
+    frames = traceback.extract_tb(error.__traceback__, limit=-100)
+    own = [frame for frame in frames if frame.filename != __file__]
     # The deepest line that is not inside an installed package is the one the learner can change.
     lines = [f for f in own if "site-packages" not in f.filename] or own
     if lines and lines[-1].line:
