@@ -18,6 +18,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 from types import FrameType, MappingProxyType
 from typing import Any
 
@@ -908,35 +909,59 @@ def run_all(
     its own, so that an endless loop can be left behind. After two probes out of time the rest is not run.
     """
     outcomes: list[Outcome] = []
+    thread: _ProbeThread | None = None
     for probe in [*probes, probes[0]]:
         if sum(outcome.error == "TimeLimit" for outcome in outcomes) >= 2:
             outcomes.append(Outcome(error="TimeLimit"))
         elif limit is None:
             outcomes.append(run(candidate, probe, forbidden))
         else:
-            outcomes.append(_run_within(limit, candidate, probe, forbidden))
+            thread = thread if thread is not None and thread.is_free else _ProbeThread(candidate, forbidden)
+            # nbgrader gives 0 points to a cell with any text on stderr, a warning included.
+            with usual_surroundings(), contextlib.redirect_stderr(io.StringIO()):
+                outcomes.append(thread.run(probe, limit))
+    if thread is not None:
+        thread.leave()
     return outcomes
 
 
-def _run_within(limit: float, candidate: Any, probe: Probe, forbidden: frozenset[str]) -> Outcome:
-    """Run in a thread and stop waiting after ``limit`` seconds; what it prints to stderr is dropped.
+class _ProbeThread:
+    """Runs probes in a thread of its own, so that an endless loop can be left behind.
 
     A thread cannot be ended from outside while it waits inside C, or when it catches everything; then it
     is left behind.
     """
-    found: list[Outcome] = []
-    context = contextvars.copy_context()
-    thread = threading.Thread(
-        target=lambda: found.append(context.run(_run, candidate, probe, forbidden)), daemon=True
-    )
-    # nbgrader gives 0 points to a cell with any text on stderr, a warning included.
-    with usual_surroundings(), contextlib.redirect_stderr(io.StringIO()):
-        thread.start()
-        thread.join(limit)
-        if thread.is_alive() and thread.ident is not None:
-            # Python raises this in the thread at its next bytecode.
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                ctypes.c_ulong(thread.ident), ctypes.py_object(TimeLimit)
-            )
-            thread.join(0.5)
-    return found[0] if found else Outcome(error="TimeLimit")
+
+    def __init__(self, candidate: Any, forbidden: frozenset[str]) -> None:
+        self.is_free = True
+        self._candidate, self._forbidden = candidate, forbidden
+        self._asked: SimpleQueue[Probe | None] = SimpleQueue()
+        self._found: SimpleQueue[Outcome] = SimpleQueue()
+        context = contextvars.copy_context()
+        self._thread = threading.Thread(target=context.run, args=(self._serve,), daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(TimeLimit):  # it may come when the work has just been done
+            while (probe := self._asked.get()) is not None:
+                self._found.put(_run(self._candidate, probe, self._forbidden))
+
+    def run(self, probe: Probe, limit: float) -> Outcome:
+        """Run one probe, and stop waiting after ``limit`` seconds."""
+        self._asked.put(probe)
+        try:
+            return self._found.get(timeout=limit)
+        except Empty:
+            self.is_free = False
+            self.leave()
+        # Python raises this in the thread at its next bytecode.
+        number, error = ctypes.c_ulong(self._thread.ident or 0), ctypes.py_object(TimeLimit)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(number, error)
+        try:
+            return self._found.get(timeout=0.5)
+        except Empty:
+            return Outcome(error="TimeLimit")
+
+    def leave(self) -> None:
+        """Let the thread end when it has nothing to do any more."""
+        self._asked.put(None)
