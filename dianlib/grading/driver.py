@@ -6,6 +6,7 @@ are forked after everything was imported once. Killed at any moment, a second ru
 
 import contextlib
 import functools
+import gc
 import glob
 import importlib
 import logging
@@ -14,6 +15,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from multiprocessing.connection import Connection, wait
@@ -263,7 +265,12 @@ def grade_all(
             summary.add(record)
     if pending:
         jobs = min(jobs, len(pending))
-        course.sandbox(assignment, jobs)
+        with ThreadPoolExecutor(1) as beside:
+            # A part of torch that loads with the first optimizer. Here it is loaded once, before the workers
+            # are forked, and while the sandbox starts.
+            loading = beside.submit(importlib.import_module, "torch._dynamo")
+            course.sandbox(assignment, jobs)
+            loading.result()
         course.add_students(pending)
         for student in pending if force else []:
             records.remove(course.records, assignment, student)  # so that a second run knows what is left
@@ -316,9 +323,8 @@ def _in_processes(
     waiting = list(reversed(students))
     tried: dict[str, int] = {}
     # Forked, not started anew: torch, nbgrader and the checks are in memory already.
-    # So is this part of torch, which each of them would load for a second with its first optimizer.
-    importlib.import_module("torch._dynamo")
     context = multiprocessing.get_context("fork")
+    gc.freeze()  # what is in memory now stays there: the workers need not look for garbage in it
     workers = [_start(context, course, assignment, number, private=False) for number in range(jobs)]
     course.sandbox(assignment).leave()
     try:

@@ -47,11 +47,13 @@ KEPT_KINDS = ("image/png", "image/jpeg", "text/plain")
 def main(isolation: Isolation) -> None:
     """Import everything once, then fork a process for each submission that is asked for."""
     channels = [socket.socket(fileno=int(number)) for number in sys.argv[1].split(",")]
-    for module in sys.argv[2].split(","):
+    modules = sys.argv[2].split(",")
+    reader = _read_digits() if "dianlib.data" in modules else None
+    for module in modules:
         importlib.import_module(module)
     shell = _warm_shell()
-    if "dianlib.data" in sys.modules:
-        _remember_digits(sys.modules["dianlib.data"])
+    if reader is not None:
+        _remember_digits(reader)
     system_call_filter()
     memory = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     gc.collect()
@@ -102,19 +104,28 @@ def _warm_shell() -> InteractiveShell:
     return shell
 
 
-def _remember_digits(data: Any) -> None:
-    """Have the digits at hand, for which most notebooks ask, without the libraries that read them.
+DIGITS = "digits.pt"
 
-    Those fill more of the memory's map than torch does, and every fork copies that map. So a process of its
-    own reads, and leaves the numbers in a file.
+
+def _read_digits() -> int:
+    """Have a process of its own read the digits, for which most notebooks ask, and leave them in a file.
+
+    The libraries that read them fill more of the memory's map than torch does, and every fork copies that
+    map. Returns the number of the process; it works while this one goes on.
     """
-    file = Path.home() / "digits.pt"
     reader = os.fork()
     if reader == 0:
         try:
-            torch.save(vars(data.digits()), file)
+            data = importlib.import_module("dianlib.data")
+            torch.save(vars(data.digits()), Path.home() / DIGITS)
         finally:
             os._exit(0)
+    return reader
+
+
+def _remember_digits(reader: int) -> None:
+    data: Any = sys.modules["dianlib.data"]
+    file = Path.home() / DIGITS
     os.waitpid(reader, 0)
     data.KNOWN_DIGITS[0] = data.ImageData(**torch.load(file))
     file.unlink()
