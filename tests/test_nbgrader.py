@@ -736,8 +736,8 @@ def examine(multi_head_attention):
     "multihead.read_claims": (
         "mha-full-width-heads",
         """
-answers = {"weights of the class": 3072, "weights of the paper": 3 * 8 * 256 * 256, "heads that change": 1}
-answers |= {"heads that should change": 8, "too flat": 8**0.5, "mean of a sharp head": 1 / 8, "full width": 8}
+answers = {"weights of the class": 3 * 64**2, "weights of the paper": 3 * 6 * 384**2, "heads that change": 1}
+answers |= {"heads that should change": 6, "too flat": 6**0.5, "mean of a sharp head": 1 / 6, "full width": 6}
 """,
     ),
     "positions.sinusoidal": (

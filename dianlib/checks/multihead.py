@@ -1316,13 +1316,13 @@ GRADE_THIS = Task(
 # ----- read claims ------------------------------------------------------------------------------------------
 
 _CLAIMS = {
-    "weights of the class": 3 * 32 * 32,
-    "weights of the paper": 3 * 256 * 256,
+    "weights of the class": 3 * 64 * 64,
+    "weights of the paper": 3 * 384 * 384,
     "heads that change": 1,
-    "heads that should change": 8,
-    "too flat": math.sqrt(8),
-    "mean of a sharp head": 1 / 8,
-    "full width": 8,
+    "heads that should change": 6,
+    "too flat": math.sqrt(6),
+    "mean of a sharp head": 1 / 6,
+    "full width": 6,
 }
 
 
@@ -1331,7 +1331,7 @@ READ_CLAIMS = Task(
     signature="answers: a dictionary",
     points=3,
     reference=_CLAIMS.get,
-    accepts=[{**_CLAIMS, "too flat": 2.8284}.get, {**_CLAIMS, "too flat": 2.828}.get],
+    accepts=[{**_CLAIMS, "too flat": 2.4495}.get, {**_CLAIMS, "too flat": 2.449}.get],
     probes=answer_probes(
         {
             "weights of the class": "how many weights the three layers of the class hold",
@@ -1346,24 +1346,24 @@ READ_CLAIMS = Task(
     is_value=True,
     hints=(
         "What does each of the three layers see: the whole token, or a piece of it?",
-        "The class cuts first, so its layers map 32 numbers to 32. The paper maps 256 to 256, and every head reads all 256.",
-        "class: 3 * 32 * 32; paper: 3 * 256 * 256\nchange: only the head with that slice; in the paper every head\n"
-        "flat: sqrt(256) / sqrt(32); mean: 1 of 8 heads\nfull width: 8 matrices of 256 by 256 against 8 of 256 by 32",
+        "The class cuts first, so its layers map 64 numbers to 64. The paper maps 384 to 384, and every head reads all 384.",
+        "class: 3 * 64 * 64; paper: 3 * 384 * 384\nchange: only the head with that slice; in the paper every head\n"
+        "flat: sqrt(384) / sqrt(64); mean: 1 of 6 heads\nfull width: 6 matrices of 384 by 384 against 6 of 384 by 64",
     ),
     mistakes=[
         known_answer(
             _CLAIMS,
             "weights of the class",
-            3 * 8 * 32 * 32,
+            3 * 6 * 64 * 64,
             "claims-layers-counted-per-head",
             "You counted one small layer for each head. The class has a single one, which all heads share.",
-            "Count what stands in __init__: three layers of 32 by 32.",
+            "Count what stands in __init__: three layers of 64 by 64.",
             CASE,
         ),
         known_answer(
             _CLAIMS,
             "weights of the class",
-            4 * 32 * 32,
+            4 * 64 * 64,
             "claims-output-counted",
             "You counted four layers; the question is about queries, keys and values.",
             "Count three layers.",
@@ -1372,7 +1372,7 @@ READ_CLAIMS = Task(
         known_answer(
             _CLAIMS,
             "weights of the paper",
-            4 * 256 * 256,
+            4 * 384 * 384,
             "claims-output-counted",
             "You counted four layers; the question is about queries, keys and values.",
             "Count three layers.",
@@ -1381,16 +1381,16 @@ READ_CLAIMS = Task(
         known_answer(
             _CLAIMS,
             "weights of the paper",
-            3 * 256 * 32,
+            3 * 384 * 64,
             "count-one-head",
             "You counted the projections of one head.",
-            "There are eight heads: 8 times 256 by 32.",
+            "There are six heads: 6 times 384 by 64.",
             READINGS,
         ),
         known_answer(
             _CLAIMS,
             "weights of the paper",
-            3 * 8 * 256 * 256,
+            3 * 6 * 384 * 384,
             "mha-full-width-heads",
             "You counted heads of full width.",
             "In the paper a head is D / H wide.",
@@ -1399,10 +1399,10 @@ READ_CLAIMS = Task(
         known_answer(
             _CLAIMS,
             "heads that change",
-            8,
+            6,
             "claims-slice-seen-by-all",
             "In the class a head reads its own slice of the token; the others cannot notice a change there.",
-            "Follow columns 0 to 31 through the reshape.",
+            "Follow columns 0 to 63 through the reshape.",
             CASE,
         ),
         known_answer(
@@ -1417,16 +1417,16 @@ READ_CLAIMS = Task(
         known_answer(
             _CLAIMS,
             "too flat",
-            8.0,
+            6.0,
             "claims-root-forgotten",
             "You divided the widths; both stand under a root.",
-            "Compute sqrt(256) / sqrt(32).",
+            "Compute sqrt(384) / sqrt(64).",
             MATHS,
         ),
         known_answer(
             _CLAIMS,
             "too flat",
-            1 / math.sqrt(8),
+            1 / math.sqrt(6),
             "claims-factor-turned",
             "This is the share that is left; asked is how many times too small the scores are.",
             "Turn the fraction round.",
@@ -1435,7 +1435,7 @@ READ_CLAIMS = Task(
         known_answer(
             _CLAIMS,
             "too flat",
-            math.sqrt(32),
+            math.sqrt(64),
             "claims-root-of-the-head",
             "This is the right divisor, not the ratio of the two.",
             "Divide the wrong divisor by the right one.",
@@ -1446,7 +1446,7 @@ READ_CLAIMS = Task(
             "mean of a sharp head",
             1.0,
             "claims-mean-shows-a-head",
-            "The mean map adds seven heads that do not look there.",
+            "The mean map adds five heads that do not look there.",
             "Divide by the number of heads.",
             LEARN,
         ),
@@ -1455,17 +1455,17 @@ READ_CLAIMS = Task(
             "full width",
             1.0,
             "mha-full-width-heads",
-            "Heads of full width need a matrix of 256 by 256 each.",
-            "Compare 8 of 256 by 256 with 8 of 256 by 32.",
+            "Heads of full width need a matrix of 384 by 384 each.",
+            "Compare 6 of 384 by 384 with 6 of 384 by 64.",
             READINGS,
         ),
         known_answer(
             _CLAIMS,
             "full width",
-            64.0,
+            36.0,
             "claims-width-counted-twice",
-            "Only the width of the result grows; the width of the input is 256 in both.",
-            "Compare 8 of 256 by 256 with 8 of 256 by 32.",
+            "Only the width of the result grows; the width of the input is 384 in both.",
+            "Compare 6 of 384 by 384 with 6 of 384 by 64.",
             READINGS,
         ),
     ],
