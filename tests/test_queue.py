@@ -290,17 +290,25 @@ def test_all_is_graded_although_a_worker_is_killed(
     assert sorted(counts) == [("0", "6"), ("6", "0")]
     assert set(course.jobs()) == SUBMISSIONS
 
-    # Two computers know the shared folder, and nothing else of each other. The first one dies over a job.
+    # Two computers know the shared folder, and nothing else of each other. The first one stands still over a
+    # job, until the second one has taken others; then it dies.
     first = course.worker("-j", "1", HOME=str(tmp_path / "a"))
     with ended(first):
         wait_for(lambda: course.jobs()["a slow one"][0] == "doing", "the first worker has a job")
-    assert course.jobs()["a slow one"] == ("doing", 0, 0)
-    second = course.worker("-j", "2", "--until-empty", HOME=str(tmp_path / "b"))
-    with ended(second):
-        assert enqueue(course, wait=True) == 1  # one submission cannot be read
-        summary = capsys.readouterr().out
-        said = second.communicate(timeout=PATIENCE)[0]
-        assert second.returncode == 0, said
+        first.send_signal(signal.SIGSTOP)
+        assert course.jobs()["a slow one"] == ("doing", 0, 0)
+        second = course.worker("-j", "2", "--until-empty", HOME=str(tmp_path / "b"))
+        with ended(second):
+            others = SUBMISSIONS - {"a slow one"}
+            wait_for(
+                lambda: any(course.jobs()[name][0] != "todo" for name in others),
+                "the second worker has a job",
+            )
+            first.kill()
+            assert enqueue(course, wait=True) == 1  # one submission cannot be read
+            summary = capsys.readouterr().out
+            said = second.communicate(timeout=PATIENCE)[0]
+            assert second.returncode == 0, said
     assert re.search(r"^5 graded .* 1 failed\n  torn: ", summary, re.MULTILINE), summary
     assert len(re.findall(r"^metrics/.*: (?:graded|failed)", said, re.MULTILINE)) == 6, said
     assert PASSWORD not in said + summary

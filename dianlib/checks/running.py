@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from types import FrameType, MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -189,9 +189,8 @@ class Probe:
     called with ``args``. Where ``names`` are given, values and parameters meet by name instead.
     With ``steps`` the candidate is any class: each step is the name of a method or attribute, and the names
     of the arguments for it, and what it gives is a part of the result. ``gradients`` names the
-    arguments whose gradients are taken ("parameters"
-    for all parameters of a module). ``calls`` repeats the call on the same objects. ``verdict``
-    marks a candidate that judges: it rejects by returning False or by raising. A failed ``core``
+    arguments whose gradients are taken ("parameters" for all parameters of a module). With two ``calls``
+    the call is repeated on the same objects. ``verdict`` marks a candidate that judges: it rejects by returning False or by raising. A failed ``core``
     probe leaves no points for the others; ``weight`` is the probe's share of the points.
     """
 
@@ -202,7 +201,7 @@ class Probe:
     names: tuple[str, ...] = ()
     steps: tuple[tuple[str, ...], ...] = ()
     gradients: tuple[str, ...] = ()
-    calls: int = 1
+    calls: Literal[1, 2] = 1
     verdict: bool = False
     core: bool = False
     weight: float = 1.0

@@ -324,7 +324,6 @@ def _in_processes(
     tried: dict[str, int] = {}
     # Forked, not started anew: torch, nbgrader and the checks are in memory already.
     context = multiprocessing.get_context("fork")
-    gc.freeze()  # what is in memory now stays there: the workers need not look for garbage in it
     workers = [_start(context, course, assignment, number, private=False) for number in range(jobs)]
     course.sandbox(assignment).leave()
     try:
@@ -381,6 +380,7 @@ def _start(context: ForkContext, course: Course, assignment: str, number: int, p
 def _serve(course: Course, assignment: str, connection: Connection, number: int, private: bool) -> None:
     """Grade what the driver asks for until it has nothing more."""
     die_with_parent()
+    gc.freeze()  # what is in memory now stays there: no need to look for garbage in it again and again
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's business
     # nbgrader opens the gradebook seven times a submission, and each new engine compiles all queries anew.
     nbgrader.api.create_engine = functools.cache(nbgrader.api.create_engine)
